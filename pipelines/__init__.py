@@ -1,0 +1,1 @@
+"""Steps, the runner that drives them, and one file per outside system."""

@@ -1,0 +1,171 @@
+"""The joiner: predictions and, whenever they come, their labels; out come examples and cuts."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from features.contracts import Contract, Field
+from features.usecase import UseCase
+from features.windows import pack, unpack
+from pipelines.broker import Message
+from pipelines.step import Event, Outputs, Rejection
+
+
+def predictions_contract(use_case: UseCase) -> Contract:
+    """What the predictor and the scorer log. At least once: the first record of a request id counts."""
+    return Contract(
+        "predictions",
+        (
+            Field("request_id", str),
+            Field("event_time", "time"),
+            Field("entities", dict),
+            Field("fields", dict),
+            Field("features", dict),
+            Field("schema", str),
+            Field("feature_times", dict),
+            Field("version", str),
+            Field("arm", str),
+            Field("score", float),
+            Field("shadow", dict, optional=True),
+        ),
+        time="event_time",
+        id="request_id",
+        topic=use_case.topic("predictions"),
+        max_bytes=1 << 20,
+        out_of_orderness=timedelta(0),
+        dedupe=use_case.label.wait,
+    )
+
+
+class Joiner:
+    """Joins each prediction with its label; either may come first, and both are kept for the label's `wait`.
+
+    An example's `label_time` is the instant from which it counts, so it never lies behind the watermark. Memory: about
+    the vector's JSON size per prediction that waits, one id per prediction whose wait is over (kept as long again).
+    """
+
+    name = "joiner"
+
+    def __init__(self, use_case: UseCase, partition: int = 0) -> None:
+        self.partition = partition
+        self.label = use_case.label
+        self.wait = _ms(use_case.label.wait)
+        self.every = _ms(use_case.retrain_every)
+        self.examples_topic, self.cuts_topic = use_case.topic("examples"), use_case.topic("cuts")
+        predictions = predictions_contract(use_case)
+        labels = {topic: c for topic, c in use_case.event_topics.items() if c.name == self.label.event}
+        self.inputs: dict[str, Contract] = {predictions.topic: predictions, **labels}
+        self.outputs = (self.examples_topic, self.cuts_topic)
+        self.pending: dict[str, dict[str, Any]] = {}
+        self.labels: dict[str, tuple[float, int]] = {}
+        self.expired: dict[str, int] = {}
+        self.expiry: deque[tuple[int, str]] = deque()
+        self.next_cut = 0
+        self.since_cut = self.total = self.dropped = 0
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        label = self.label
+        return {"event": label.event, "key": label.key, "wait": self.wait, "on_expiry": label.on_expiry, "cut": self.every}
+
+    def process(self, events: Sequence[Event], watermark: int) -> Outputs:
+        out = Outputs(rows={"examples": []})
+        if not self.next_cut:
+            start = events[0].applied if events else watermark
+            self.next_cut = start - start % self.every + self.every
+        for event in events:
+            self._until(event.applied, out)
+            if event.contract.name == "predictions":
+                self._predicted(event, out)
+            else:
+                self._labelled(event, out)
+        self._until(watermark, out)
+        return out
+
+    def _predicted(self, event: Event, out: Outputs) -> None:
+        value = event.value
+        row = {name: getattr(value, name) for name in ("request_id", "event_time", "version", "arm", "score")}
+        row |= {"entities": value.entities, "fields": value.fields, "features": value.features}
+        if value.request_id in self.labels:
+            label, _ = self.labels.pop(value.request_id)
+            self._emit(row, label, event.applied, event.partition, out)
+            return
+        self.pending[value.request_id] = {**row, "partition": event.partition}
+        self.expiry.append((max(value.event_time, event.applied) + self.wait, value.request_id))
+
+    def _labelled(self, event: Event, out: Outputs) -> None:
+        label = self.label.value(event.value)
+        if label is None:
+            return
+        key = str(getattr(event.value, self.label.key))
+        if row := self.pending.pop(key, None):
+            self._emit(row, label, event.applied, row.pop("partition"), out)
+        elif key in self.expired:
+            out.rejected.append(Rejection(event, "late_label", f"the wait for the label of {key!r} is over"))
+        else:
+            self.labels[key] = (label, event.applied)
+            self.expiry.append((event.applied + self.wait, key))
+
+    def _emit(self, row: dict[str, Any], label: float, time: int, partition: int, out: Outputs) -> None:
+        example = {**row, "label": label, "label_time": time}
+        key = row["request_id"].encode()
+        out.messages.append(Message(self.examples_topic, json.dumps(example).encode(), key, partition))
+        entities, fields, features = example.pop("entities"), example.pop("fields"), example.pop("features")
+        out.rows["examples"].append({**entities, **fields, **features, **example})
+        self.since_cut += 1
+        self.total += 1
+
+    def _until(self, time: int, out: Outputs) -> None:
+        """Let waits end and cuts pass, in order, up to and including `time`."""
+        while self.expiry and self.expiry[0][0] < time:
+            due, key = self.expiry.popleft()
+            self._cut(due, out)
+            self._expire(due, key, out)
+        self._cut(time, out)
+
+    def _expire(self, due: int, key: str, out: Outputs) -> None:
+        if row := self.pending.pop(key, None):
+            partition = row.pop("partition")
+            if self.label.on_expiry is not None:
+                self._emit(row, self.label.on_expiry, due, partition, out)
+            else:
+                self.dropped += 1
+            self.expired[key] = due
+            self.expiry.append((due + self.wait, key))
+        elif key in self.expired:
+            del self.expired[key]
+        elif key in self.labels and self.labels[key][1] + self.wait <= due:
+            del self.labels[key]
+
+    def _cut(self, time: int, out: Outputs) -> None:
+        while self.next_cut <= time:
+            value = {"cut": self.next_cut, "examples": self.since_cut, "total": self.total}
+            out.messages.append(Message(self.cuts_topic, json.dumps(value).encode(), b"cut", self.partition))
+            out.close, self.since_cut = True, 0
+            self.next_cut += self.every
+
+    def snapshot(self) -> bytes:
+        return pack(
+            {
+                "pending": self.pending,
+                "labels": self.labels,
+                "expired": self.expired,
+                "expiry": list(self.expiry),
+                "counts": [self.next_cut, self.since_cut, self.total, self.dropped],
+            }
+        )
+
+    def restore(self, data: bytes) -> None:
+        state = unpack(data)
+        self.pending, self.expired = state["pending"], state["expired"]
+        self.labels = {key: (label, time) for key, (label, time) in state["labels"].items()}
+        self.expiry = deque((due, key) for due, key in state["expiry"])
+        self.next_cut, self.since_cut, self.total, self.dropped = state["counts"]
+
+
+def _ms(duration: timedelta) -> int:
+    return round(duration.total_seconds() * 1000)

@@ -1,0 +1,394 @@
+"""Apache Kafka behind the broker's protocols, with kafka-python. The only file that knows it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kafka import ConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import errors as kafka_errors
+from kafka.coordinator.assignors.range import RangePartitionAssignor
+from kafka.structs import OffsetAndMetadata
+
+from features.errors import ConfigError, FencedError, InputError, PenstockError, UnavailableError
+from pipelines.broker import Consumer, Message, Position, Producer, Record
+from pipelines.broker import TopicPartition as Partition
+
+BOOTSTRAP_S = 10.0
+ANSWER_S = 30.0
+SESSION_MS, HEARTBEAT_MS, POLL_INTERVAL_MS = 6_000, 1_500, 3_600_000
+FETCH_WAIT_MS = 50  # a resumed partition joins the next fetch, so it waits this long at most
+TRANSACTION_MS = 10_000
+RETRY_BACKOFF_MS = 20
+MAX_METADATA_BYTES = 4_096  # the broker's offset.metadata.max.bytes; more is fatal to a producer
+MAX_RECORD_BYTES = 1_048_576
+
+FENCED = (
+    kafka_errors.ProducerFencedError,
+    kafka_errors.InvalidProducerEpochError,
+    kafka_errors.CommitFailedError,
+    kafka_errors.IllegalGenerationError,
+    kafka_errors.UnknownMemberIdError,
+    kafka_errors.FencedInstanceIdError,
+)
+RebalanceCallback = Callable[[set[Partition]], None]
+
+
+class KafkaBroker:
+    """A Kafka cluster.
+
+    Parameters
+    ----------
+    bootstrap : `host:port`, several separated by commas
+    security : PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL; with SASL the mechanism is PLAIN
+    cafile : the authority that signed the broker's certificate; empty for the system's
+    """
+
+    def __init__(
+        self, bootstrap: str, *, security: str = "PLAINTEXT", username: str = "", password: str = "", cafile: str = ""
+    ) -> None:
+        self.bootstrap = bootstrap
+        self._common: dict[str, Any] = {
+            "bootstrap_servers": [server.strip() for server in bootstrap.split(",")],
+            "bootstrap_timeout_ms": int(BOOTSTRAP_S * 1000),
+            "reconnect_backoff_max_ms": 1_000,
+            "retry_backoff_ms": RETRY_BACKOFF_MS,
+            "security_protocol": security,
+        }
+        if security.startswith("SASL"):
+            self._common |= {
+                "sasl_mechanism": "PLAIN",
+                "sasl_plain_username": username,
+                "sasl_plain_password": password,
+            }
+        if cafile:
+            self._common["ssl_cafile"] = cafile
+        self._lock = threading.Lock()
+        self._cached_admin: Any = None
+
+    def _connect(self, client: Callable[..., Any], **config: Any) -> Any:
+        try:
+            return client(**self._common, **config)
+        except (kafka_errors.RetriableError, kafka_errors.KafkaConnectionError, OSError) as error:
+            raise UnavailableError(
+                f"Kafka does not answer at {self.bootstrap}: start it with `penstock up`, or set kafka_bootstrap"
+                f" ({type(error).__name__})"
+            ) from error
+        except kafka_errors.KafkaError as error:
+            raise ConfigError(f"Kafka at {self.bootstrap} refuses these settings: {error}") from error
+
+    def _admin(self) -> Any:
+        with self._lock:
+            if self._cached_admin is None:
+                self._cached_admin = self._connect(KafkaAdminClient)
+            return self._cached_admin
+
+    def _ask(self, what: str, question: Callable[[Any], Any]) -> Any:
+        """Ask the admin client, again while the cluster is still finding its coordinators."""
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            try:
+                return question(self._admin())
+            except kafka_errors.NotCoordinatorError:
+                self._drop_admin()
+            except (kafka_errors.RetriableError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise UnavailableError(f"Kafka at {self.bootstrap} does not answer: {what} ({error})") from error
+            time.sleep(0.02)
+
+    def _drop_admin(self) -> None:
+        with self._lock:
+            admin, self._cached_admin = self._cached_admin, None
+        if admin is not None:
+            admin.close()
+
+    def close(self) -> None:
+        """Close the connection that `create_topics`, `committed` and `members` share."""
+        self._drop_admin()
+
+    def create_topics(self, topics: Mapping[str, Mapping[str, str]], partitions: int) -> list[str]:
+        """Create the missing ones (name -> topic settings), by default without time retention; returns their names.
+
+        A replay's records carry old timestamps: with time retention the broker would delete them at once.
+        """
+        existing = set(self._ask("list of topics", lambda admin: admin.list_topics()))
+        defaults = {"retention.ms": "-1", "message.timestamp.type": "CreateTime"}
+        missing = {
+            name: {"num_partitions": partitions, "replication_factor": -1, "configs": {**defaults, **settings}}
+            for name, settings in topics.items()
+            if name not in existing
+        }
+        if missing:
+            self._ask("create topics", lambda admin: self._create(admin, missing))
+        return sorted(missing)
+
+    def _create(self, admin: Any, topics: dict[str, Any]) -> None:
+        try:
+            admin.create_topics(topics, raise_errors=True)
+        except kafka_errors.TopicAlreadyExistsError:
+            pass  # another process was quicker, which is what was asked for
+        except kafka_errors.InvalidConfigurationError as error:
+            raise ConfigError(f"Kafka refuses a topic's settings: {error}") from error
+        admin.wait_for_topics(list(topics))
+
+    def consumer(
+        self,
+        topics: Sequence[str],
+        *,
+        group: str | None = None,
+        on_assigned: RebalanceCallback | None = None,
+        on_revoked: RebalanceCallback | None = None,
+        from_end: bool = False,
+    ) -> Consumer:
+        kafka = self._connect(
+            KafkaConsumer,
+            group_id=group,
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="latest" if from_end else "earliest",
+            partition_assignment_strategy=[RangePartitionAssignor],
+            session_timeout_ms=SESSION_MS,
+            heartbeat_interval_ms=HEARTBEAT_MS,
+            max_poll_interval_ms=POLL_INTERVAL_MS,
+            fetch_min_bytes=1,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            max_partition_fetch_bytes=4 * MAX_RECORD_BYTES,
+            allow_auto_create_topics=False,
+            metrics_enabled=False,
+        )
+        with _translated(f"open {', '.join(topics)}"):
+            partitions = {topic: kafka.partitions_for_topic(topic) for topic in topics}
+        if missing := sorted(topic for topic, found in partitions.items() if not found):
+            kafka.close()
+            raise UnavailableError(f"Kafka at {self.bootstrap} has no topic {', '.join(missing)}: run `penstock up`")
+        consumer = _Consumer(kafka, on_assigned, on_revoked)
+        if group is not None:
+            kafka.subscribe(list(topics), listener=_Listener(consumer.rebalances))
+        else:
+            kafka.assign([TopicPartition(topic, p) for topic, found in partitions.items() for p in sorted(found)])
+            for partition in consumer.assignment():
+                consumer.position(partition)  # from_end: the end is now, not at the first poll
+        return consumer
+
+    def producer(self, *, transactional_id: str | None = None) -> Producer:
+        config: dict[str, Any] = {
+            "acks": "all",
+            "enable_idempotence": True,
+            "linger_ms": 0,
+            "batch_size": 131_072,
+            "max_request_size": MAX_RECORD_BYTES,
+            "max_block_ms": int(ANSWER_S * 1000),
+            "delivery_timeout_ms": int(ANSWER_S * 1000),
+            "request_timeout_ms": 10_000,
+            "allow_auto_create_topics": False,
+            "metrics_enabled": False,
+        }
+        if transactional_id is None:
+            return _Producer(self._connect(KafkaProducer, **config))
+        kafka = self._connect(
+            KafkaProducer, transactional_id=transactional_id, transaction_timeout_ms=TRANSACTION_MS, **config
+        )
+        try:
+            with _translated(f"take over {transactional_id}"):
+                kafka.init_transactions()
+        except PenstockError:
+            kafka.close(timeout=0)
+            raise
+        return _Producer(kafka, transactional_id)
+
+    def committed(self, group: str) -> dict[Partition, Position]:
+        """What a group has committed; a group nobody knows has committed nothing."""
+        offsets = self._ask(f"positions of {group}", lambda admin: admin.list_group_offsets(group))[group]
+        return {tuple(p): Position(o.offset, o.metadata or "") for p, o in offsets.items() if o.offset >= 0}
+
+    def members(self, group: str) -> int:
+        """How many live members a group has; 0 for a group nobody knows."""
+        found = self._ask(f"members of {group}", lambda admin: admin.describe_groups([group]))
+        return len(found[group]["members"] or ())
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
+    """Notes rebalances. They are told in `poll`: here, on the client's own thread, no call of it may block."""
+
+    def __init__(self, rebalances: list[tuple[bool, set[Partition]]]) -> None:
+        self._rebalances = rebalances
+
+    def on_partitions_assigned(self, assigned: Any) -> None:
+        self._rebalances.append((True, {tuple(p) for p in assigned}))
+
+    def on_partitions_revoked(self, revoked: Any) -> None:
+        self._rebalances.append((False, {tuple(p) for p in revoked}))
+
+
+class _Consumer:
+    """A consumer of one thread.
+
+    Callbacks run inside `poll`, after the group has already moved on: what the owner had not committed, its
+    successor does again, and a commit that comes too late is refused with FencedError.
+    """
+
+    def __init__(self, kafka: Any, on_assigned: RebalanceCallback | None, on_revoked: RebalanceCallback | None) -> None:
+        self._kafka = kafka
+        self._tell = {True: on_assigned, False: on_revoked}
+        self.rebalances: list[tuple[bool, set[Partition]]] = []
+        self.membership: Any = None
+
+    def poll(self, timeout: float, max_records: int = 2000) -> list[Record]:
+        with _translated("poll"):
+            batches = self._kafka.poll(timeout_ms=max(0, round(timeout * 1000)), max_records=max_records)
+        if self.rebalances:
+            self._put_back(batches)
+            self._tell_rebalances()
+            return []
+        return [
+            Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, tuple(r.headers))
+            for batch in batches.values()
+            for r in batch
+        ]
+
+    def _put_back(self, batches: Mapping[Any, Any]) -> None:
+        """What came with a rebalance is read again, from where the callbacks leave the position."""
+        assigned = self._kafka.assignment()
+        for partition, batch in batches.items():
+            if partition in assigned:
+                self._kafka.seek(partition, batch[0].offset)
+
+    def _tell_rebalances(self) -> None:
+        while self.rebalances:
+            assigned, partitions = self.rebalances.pop(0)
+            if assigned:
+                # Commits carry the generation that the owner has been told of, so one made between a rebalance
+                # and its callback is refused by the broker.
+                self.membership = self._kafka.group_metadata()
+            tell = self._tell[assigned]
+            if tell is not None and partitions:
+                tell(partitions)
+
+    def assignment(self) -> set[Partition]:
+        return {tuple(p) for p in self._kafka.assignment()}
+
+    def seek(self, partition: Partition, offset: int) -> None:
+        self._kafka.seek(TopicPartition(*partition), offset)
+
+    def pause(self, partitions: Sequence[Partition]) -> None:
+        self._kafka.pause(*(TopicPartition(*p) for p in partitions))
+
+    def resume(self, partitions: Sequence[Partition]) -> None:
+        self._kafka.resume(*(TopicPartition(*p) for p in partitions))
+
+    def position(self, partition: Partition) -> int:
+        with _translated(f"position of {partition[0]}"):
+            found = self._kafka.position(TopicPartition(*partition), timeout_ms=int(ANSWER_S * 1000))
+        if found is None:
+            raise UnavailableError(f"Kafka tells no position of {partition[0]}/{partition[1]} in {ANSWER_S:.0f} s")
+        return int(found)
+
+    def end_offsets(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        with _translated("end offsets"):
+            ends = self._kafka.end_offsets([TopicPartition(*p) for p in partitions], timeout_ms=int(ANSWER_S * 1000))
+        return {tuple(p): offset for p, offset in ends.items()}
+
+    def at_end(self, partition: Partition) -> bool:
+        state = self._kafka._subscription.assignment.get(TopicPartition(*partition))
+        if state is None or state.position is None or state.highwater is None:
+            return False
+        return bool(state.position.offset >= state.highwater)
+
+    def committed(self, partitions: Sequence[Partition]) -> dict[Partition, Position]:
+        with _translated("committed positions"):
+            found = {
+                p: self._kafka.committed(TopicPartition(*p), metadata=True, timeout_ms=int(ANSWER_S * 1000))
+                for p in partitions
+            }
+        return {p: Position(o.offset, o.metadata or "") for p, o in found.items() if o is not None and o.offset >= 0}
+
+    def close(self) -> None:
+        self._kafka.close(timeout_ms=2_000)
+
+
+class _Producer:
+    """A producer; with a transactional id everything sent waits for `commit`."""
+
+    def __init__(self, kafka: Any, transactional_id: str | None = None) -> None:
+        self._kafka = kafka
+        self._transactional_id = transactional_id
+        self._open = False
+        self._sent: list[Any] = []
+
+    def send(self, messages: Sequence[Message]) -> None:
+        with _translated("send", self._kafka):
+            for message in messages:
+                self._begin()
+                self._sent.append(self._send(message))
+
+    def _begin(self) -> None:
+        if self._transactional_id is not None and not self._open:
+            self._kafka.begin_transaction()
+            self._open = True
+
+    def _send(self, message: Message) -> Any:
+        if message.key is None and message.value is None:
+            raise InputError(f"a record for {message.topic} has neither key nor value: a deletion needs a key")
+        return self._kafka.send(
+            message.topic,
+            message.value,
+            message.key,
+            list(message.headers),
+            message.partition,
+            message.timestamp,
+        )
+
+    def flush(self, timeout: float = 30.0) -> None:
+        with _translated("flush", self._kafka):
+            self._kafka.flush(timeout=timeout)
+            sent, self._sent = self._sent, []
+            for future in sent:
+                future.get(timeout=timeout)
+
+    def commit(self, positions: Mapping[Partition, Position], consumer: Consumer) -> None:
+        if self._transactional_id is None:
+            raise ConfigError("a commit needs a producer with a transactional id")
+        offsets = {TopicPartition(*p): OffsetAndMetadata(o.offset, o.metadata, -1) for p, o in positions.items()}
+        if any(len(o.metadata.encode()) > MAX_METADATA_BYTES for o in positions.values()):
+            raise InputError(f"a position's metadata is over {MAX_METADATA_BYTES} bytes")
+        with _translated("commit", self._kafka):
+            if offsets:
+                self._begin()
+                self._wait(lambda manager: manager.send_offsets_to_transaction(offsets, _membership(consumer)))
+            if self._open:
+                self._wait(lambda manager: manager.begin_commit())
+        self._open, self._sent = False, []
+
+    def _wait(self, request: Callable[[Any], Any]) -> None:
+        """The client's own methods wait without a deadline; this is what they do, with one."""
+        result = request(self._kafka._transaction_manager)
+        self._kafka._sender.wakeup()
+        if not result.wait(timeout_ms=int(ANSWER_S * 1000)):
+            raise UnavailableError(f"Kafka does not answer a transaction of {self._transactional_id} in {ANSWER_S} s")
+
+    def close(self) -> None:
+        self._kafka.close(timeout=2)
+
+
+def _membership(consumer: Consumer) -> Any:
+    if not isinstance(consumer, _Consumer) or consumer.membership is None:
+        raise FencedError("this consumer owns no partitions: nothing of it can be committed")
+    return consumer.membership
+
+
+@contextmanager
+def _translated(doing: str, producer: Any = None) -> Iterator[None]:
+    """kafka-python's errors as Penstock's."""
+    try:
+        yield
+    except (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError) as error:
+        raise InputError(f"Kafka refuses a record over {MAX_RECORD_BYTES} bytes: {error}") from error
+    except (kafka_errors.KafkaError, AssertionError, OSError) as error:
+        manager = getattr(producer, "_transaction_manager", None)
+        causes = (error, error.__cause__, getattr(manager, "last_error", None))
+        if any(isinstance(cause, FENCED) for cause in causes):
+            raise FencedError(f"Kafka {doing}: a newer instance has taken over ({error})") from error
+        raise UnavailableError(f"Kafka {doing}: {type(error).__name__}: {error}") from error

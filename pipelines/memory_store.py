@@ -1,0 +1,42 @@
+"""An online store in this process: what streamed scoring and the backtest read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from features.usecase import UseCase
+from features.vectors import StoredRow, join_keys, view_columns
+from pipelines.step import Rows
+
+
+class MemoryStore:
+    """Newest row per view and key; same contract as `pipelines.feature_store.FeatureStore`."""
+
+    def __init__(self, use_case: UseCase) -> None:
+        self._keys = {view.name: join_keys(view) for view in use_case.views}
+        self._columns = {view.name: view_columns(view) for view in use_case.views}
+        self._rows: dict[str, dict[tuple[Any, ...], StoredRow]] = {view.name: {} for view in use_case.views}
+
+    def write(self, rows: Sequence[Rows]) -> None:
+        """Keep each row that is newer than what its key has; a key with a null belongs to no entity."""
+        for batch in rows:
+            stored, columns = self._rows[batch.view], self._columns[batch.view]
+            for i, (key, time) in enumerate(zip(batch.keys, batch.times, strict=True)):
+                before = stored.get(key, (None, None))[1]
+                if None not in key and (before is None or time > before):
+                    stored[key] = ({c.name: _typed(batch.columns[c.name][i], c.dtype) for c in columns}, time)
+
+    def read(self, keys: Sequence[Mapping[str, Any]]) -> list[dict[str, StoredRow]]:
+        """For each dict of entity keys: view name -> (row, epoch ms), or (None, None)."""
+        return [
+            {view: self._rows[view].get(tuple(map(entity.get, names)), (None, None)) for view, names in self._keys.items()}
+            for entity in keys
+        ]
+
+
+def _typed(value: Any, dtype: str) -> Any:
+    """The value as a store gives it back."""
+    if value is None or dtype not in ("DOUBLE", "INT64"):
+        return value
+    return float(value) if dtype == "DOUBLE" else int(value)

@@ -1,0 +1,106 @@
+"""One partition of a step: intake, step and the table rows that wait for a file to close. Deterministic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from features.usecase import UseCase
+from features.windows import pack, unpack
+from pipelines.broker import Message, Record, TopicPartition
+from pipelines.intake import Intake, Refused, pack_record, unpack_record
+from pipelines.step import Rows, Step
+from pipelines.tables import arrow_table
+
+FILE_ROWS = 50_000
+
+
+@dataclass(slots=True)
+class Produced:
+    """What one call of `Task.advance` leaves to do outside."""
+
+    messages: list[Message] = field(default_factory=list)
+    online: list[Rows] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    closed: list[tuple[str, pa.Table]] = field(default_factory=list)
+
+
+class Task:
+    """Drives one step over one partition. Same calls, same state: a delta snapshot is a list of calls."""
+
+    def __init__(self, use_case: UseCase, step: Step, partition: int = 0) -> None:
+        self.use_case = use_case
+        self.step = step
+        self.intake = Intake({(topic, partition): contract for topic, contract in step.inputs.items()})
+        self.file_every = round(use_case.file_every.total_seconds() * 1000)
+        self.tables: dict[str, list[Any]] = {}
+
+    @property
+    def plan(self) -> str:
+        """A hash of everything that a stored state depends on."""
+        contracts = {topic: (c.name, c.version) for topic, c in self.step.inputs.items()}
+        text = json.dumps([self.step.name, self.step.plan, contracts], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def watermark(self) -> int:
+        return self.intake.watermark
+
+    def advance(
+        self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0
+    ) -> Produced:
+        """Take records in and process what is due."""
+        before = self.intake.watermark
+        events, refused = self.intake.advance(records, idle, quiet_ms)
+        if self.intake.watermark == before:
+            return Produced(refused=refused)
+        out = self.step.process(events, self.intake.watermark)
+        refused += [Refused(r.event.record, r.reason, r.detail) for r in out.rejected if r.event.record]
+        self.intake.counts.update(r.reason for r in out.rejected)
+        for rows in out.offline:
+            self.tables.setdefault(rows.view, []).append(rows)
+        for table, records_of in out.rows.items():
+            self.tables.setdefault(table, []).extend(records_of)
+        passed = before // self.file_every != self.intake.watermark // self.file_every
+        return Produced(out.messages, out.online, refused, self._close(everything=passed or out.close))
+
+    def _close(self, everything: bool) -> list[tuple[str, pa.Table]]:
+        full = [t for t, rows in self.tables.items() if everything or _length(rows) >= FILE_ROWS]
+        return [(table, arrow_table(self.use_case, table, self.tables.pop(table))) for table in sorted(full)]
+
+    def snapshot(self) -> bytes:
+        tables = {t: [_pack_rows(r) if isinstance(r, Rows) else r for r in rows] for t, rows in self.tables.items()}
+        views = [t for t, rows in self.tables.items() if rows and isinstance(rows[0], Rows)]
+        return pack({"step": self.step.snapshot(), "intake": self.intake.snapshot(), "tables": tables, "views": views})
+
+    def restore(self, state: bytes, deltas: Sequence[Any]) -> None:
+        """Load a base and take in again what its deltas hold; what that produces is already out."""
+        data = unpack(state)
+        self.step.restore(data["step"])
+        self.intake.restore(data["intake"])
+        views = set(data["views"])
+        self.tables = {t: [Rows(*r) for r in rows] if t in views else rows for t, rows in data["tables"].items()}
+        for view in views:
+            for rows in self.tables[view]:
+                rows.keys = [tuple(key) for key in rows.keys]
+        for calls, _ in deltas:
+            for records, idle, quiet_ms in calls:
+                self.advance([unpack_record(r) for r in records], [(t, p) for t, p in idle], quiet_ms)
+
+
+def pack_call(records: Sequence[Record], idle: Collection[TopicPartition], quiet_ms: int) -> list[Any]:
+    """One call of `advance` as plain values, for a delta snapshot."""
+    return [[pack_record(r) for r in records], [list(tp) for tp in sorted(idle)], quiet_ms]
+
+
+def _pack_rows(rows: Rows) -> list[Any]:
+    return [rows.view, [list(k) for k in rows.keys], rows.times, rows.columns]
+
+
+def _length(rows: list[Any]) -> int:
+    return sum(len(r.times) for r in rows) if rows and isinstance(rows[0], Rows) else len(rows)

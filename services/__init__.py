@@ -1,0 +1,1 @@
+"""Long-running processes and commands: parse settings, build a step, run it."""

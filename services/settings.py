@@ -1,0 +1,123 @@
+"""Settings: `penstock.toml`, each key overridable by `PENSTOCK_<KEY>`; secrets from the environment or a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from features.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRETS = ("postgres_password", "redis_password", "airflow_password", "airflow_jwt", "airflow_secret", "airflow_fernet")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where everything is. With the defaults one dial, `port_base`, places the whole embedded stack on loopback.
+
+    home : state of the embedded stack, secrets, logs, spool
+    kafka_bootstrap, redis, postgres, mlflow_url, airflow_url, predictor_url : empty means the embedded one
+    kafka_security, kafka_username, kafka_password, kafka_cafile : for a broker with SASL or TLS
+    state_url : where snapshots and Parquet files live (fsspec: a path or s3://...)
+    allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
+    """
+
+    home: Path = Path(".penstock")
+    port_base: int = 19090
+    kafka_bootstrap: str = ""
+    kafka_security: str = "PLAINTEXT"
+    kafka_username: str = ""
+    kafka_password: str = ""
+    kafka_cafile: str = ""
+    redis: str = ""
+    postgres: str = ""
+    mlflow_url: str = ""
+    airflow_url: str = ""
+    predictor_host: str = "127.0.0.1"
+    predictor_port: int = 0
+    state_url: str = ""
+    allow_event_time: bool = False
+    commit_interval_s: float = 0.5
+    idle_timeout_s: float = 0.05
+    spool_max_mb: int = 1024
+
+    @classmethod
+    def load(cls, env: Mapping[str, str] = os.environ, file: Path | None = None) -> Settings:
+        """Defaults < penstock.toml < environment; raises ConfigError naming the setting that is wrong."""
+        path = file or Path(env.get("PENSTOCK_CONFIG", "penstock.toml"))
+        try:
+            values: dict[str, Any] = tomllib.loads(path.read_text()) if path.exists() else {}
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"{path}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        values |= {n: env[f"PENSTOCK_{n.upper()}"] for n in known if f"PENSTOCK_{n.upper()}" in env}
+        typed = {n: _convert(n, known[n].default, v) for n, v in values.items()}
+        settings = cls(**typed)
+        return replace(settings, home=settings.home.expanduser().absolute())._derived()
+
+    def _derived(self) -> Settings:
+        port, secret = self.port, self.secrets if self._secrets_file.exists() else {}
+        pg, rd = secret.get("postgres_password", ""), secret.get("redis_password", "")
+        return replace(
+            self,
+            kafka_bootstrap=self.kafka_bootstrap or f"127.0.0.1:{port('kafka')}",
+            redis=self.redis or f"127.0.0.1:{port('redis')},password={rd}",
+            postgres=self.postgres or f"postgresql+psycopg://penstock:{pg}@127.0.0.1:{port('postgres')}",
+            mlflow_url=self.mlflow_url or f"http://127.0.0.1:{port('mlflow')}",
+            airflow_url=self.airflow_url or f"http://127.0.0.1:{port('airflow')}",
+            predictor_port=self.predictor_port or port("predictor"),
+            state_url=self.state_url or str(self.home / "state"),
+        )
+
+    def port(self, service: str) -> int:
+        """The embedded stack's port of a service."""
+        return self.port_base + PORTS.index(service)
+
+    @property
+    def predictor_url(self) -> str:
+        return f"http://{self.predictor_host}:{self.predictor_port}"
+
+    @property
+    def _secrets_file(self) -> Path:
+        return self.home / "secrets.json"
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """The embedded stack's passwords and keys; made by `make_secrets`."""
+        return dict(json.loads(self._secrets_file.read_text()))
+
+    def make_secrets(self) -> Settings:
+        """Generate what is missing, readable by the owner alone; returns the settings that use it."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        have = self.secrets if self._secrets_file.exists() else {}
+        made = {name: have.get(name) or secrets.token_urlsafe(32) for name in SECRETS}
+        if made != have:
+            temporary = self._secrets_file.with_suffix(".new")
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                json.dump(made, file, indent=1)
+            temporary.rename(self._secrets_file)
+        return Settings.load()
+
+
+PORTS = ("kafka", "kafka_controller", "postgres", "redis", "mlflow", "airflow", "predictor", "airflow_log")
+
+
+def _convert(name: str, default: Any, value: Any) -> Any:
+    kind = type(default)
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(value)
+        return kind(value)
+    except (KeyError, ValueError, TypeError):
+        raise ConfigError(f"setting {name}: expected {kind.__name__}, got {value!r}") from None

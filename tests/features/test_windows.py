@@ -1,0 +1,210 @@
+"""The window engine against the oracle: random events, keys, ties, late events, batches and restarts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from feast import FeatureService
+from feast.aggregation import Aggregation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features.contracts import Contract, Field
+from features.engine import Applied, Engine
+from features.errors import ConfigError
+from features.oracle import brute_force
+from features.timers import TimerRule
+from features.usecase import Label, ModelInputs, UseCase
+from features.views import entity, stream_view
+from features.windows import compile_view
+
+MINUTE = 60_000
+moved = Contract(
+    "moved",
+    (
+        Field("id", str),
+        Field("at", "time"),
+        Field("user", str, optional=True),
+        Field("size", int, optional=True),
+        Field("price", float, decimals=3),
+    ),
+    time="at",
+    id="id",
+)
+user = entity("user")
+
+
+def windows(prefix: str) -> list[Aggregation]:
+    """Every function, over windows and slides of different shapes."""
+    shapes = [(10, 1, "a"), (30, 10, "b"), (60, 30, "c")]
+    functions = [("size", f) for f in ("count", "sum", "mean", "std", "last", "last_3")] + [("price", "sum"), ("price", "std")]
+    return [
+        Aggregation(column, f, timedelta(minutes=w), timedelta(minutes=h), f"{prefix}_{column}_{f}_{tag}")
+        for w, h, tag in shapes
+        for column, f in functions
+    ]
+
+
+def began(event: str, value: Any, timers: Any) -> None:
+    """Idle 5 minutes after an event without another one; for 20 minutes at most."""
+    if value.user:
+        row = {"user": value.user, "n": 1}
+        timers.at(value.at + 5 * MINUTE, value.user, row, until=value.at + 25 * MINUTE)
+
+
+idle = [Aggregation("n", f, timedelta(minutes=60), timedelta(minutes=10), f"idle_{f}") for f in ("count", "sum")]
+use_case = UseCase(
+    name="toy",
+    contracts=(moved,),
+    request=moved,
+    entities=("user",),
+    views=(
+        stream_view("by_user", [user], moved, "toy", windows("u")),
+        stream_view("all", [], moved, "toy", windows("all"), lambda c: {"half": c["price"] / 2}),
+        stream_view("idle", [user], moved, "toy", idle),
+    ),
+    on_demand=(),
+    service=FeatureService(name="toy", features=[]),
+    label=Label("moved", "id", lambda v: 1.0, timedelta(hours=1)),
+    inputs=ModelInputs(()),
+    prior=0.5,
+    timers={"idle": TimerRule(("moved",), began)},
+)
+
+
+@dataclass
+class Stream:
+    events: list[Applied] = field(default_factory=list)
+    watermarks: list[int] = field(default_factory=list)
+
+
+def stream(seed: int, n: int) -> Stream:
+    """Events in the order they apply; one in five is late, ties are common, gaps empty whole windows."""
+    rng = random.Random(seed)
+    now, out = 1_000 * MINUTE, Stream()
+    for i in range(n):
+        now += rng.choice([0, 0, 1, 500, 7 * MINUTE // 3, 40 * MINUTE if rng.random() < 0.1 else MINUTE])
+        time = now - rng.randrange(90 * MINUTE) if rng.random() < 0.2 else now
+        value = SimpleNamespace(
+            id=str(i),
+            at=time,
+            user=rng.choice(["ann", "bob", "eve", None]),
+            size=rng.choice([None, -3, 0, 5, 1000]),
+            price=rng.randrange(-5000, 5000) / 1000,
+        )
+        out.events.append(Applied("moved", value, time, now))
+    return out
+
+
+def run(events: list[Applied], cuts: list[int], end: int, restart: bool = False) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows by view, for the events cut into batches at `cuts` (positions)."""
+    engine, out = Engine(use_case), {}
+    for start, stop in zip([0, *cuts], [*cuts, len(events)], strict=True):
+        watermark = events[stop].applied if stop < len(events) else end
+        while stop > start and events[stop - 1].applied >= watermark:
+            stop -= 1
+        for name, rows in engine.advance(events[start:stop], watermark).items():
+            for i, key in enumerate(rows.keys):
+                values = tuple((n, tuple(c[i]) if isinstance(c[i], list) else c[i]) for n, c in rows.columns.items())
+                out.setdefault(name, []).append((key, int(rows.times[i]), values))
+        if restart:
+            saved, engine = engine.snapshot(), Engine(use_case)
+            engine.restore(saved)
+    return {name: sorted(rows, key=lambda r: (r[0], r[1])) for name, rows in out.items()}
+
+
+def same(value: Any, expected: Any) -> bool:
+    """Equal to 1e-9 relative, 1e-6 absolute where a spread cancels; null and lists exactly."""
+    if value is None or expected is None:
+        return value is expected
+    if isinstance(value, tuple):
+        return list(value) == expected
+    return bool(value == pytest.approx(expected, rel=1e-9, abs=1e-6))
+
+
+def tie_free(events: list[Applied], cuts: list[int]) -> list[int]:
+    """Cuts moved so that all events of one instant are in one batch, as the runner hands them over."""
+    out = []
+    for cut in cuts:
+        while 0 < cut < len(events) and events[cut - 1].applied == events[cut].applied:
+            cut -= 1
+        out.append(cut)
+    return sorted(set(out) - {0, len(events)})
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 60))
+def test_rows_equal_the_oracle(seed: int, n: int) -> None:
+    events = stream(seed, n).events
+    end = events[-1].applied + 200 * MINUTE
+    rng = random.Random(seed)
+    for name, rows in run(events, [], end).items():
+        assert rows
+        for key, time, values in rng.sample(rows, min(12, len(rows))):
+            expected = brute_force(use_case, name, key, events, time)
+            for feature, value in values:
+                assert same(value, expected[feature]), (name, key, time, feature)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 60), size=st.sampled_from([1, 7, 20]), restart=st.booleans())
+def test_batches_and_restarts_change_nothing(seed: int, n: int, size: int, restart: bool) -> None:
+    events = stream(seed, n).events
+    end = events[-1].applied + 200 * MINUTE
+    cuts = tie_free(events, list(range(size, n, size)))
+    assert run(events, cuts, end, restart) == run(events, [], end)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_between_rows_the_value_does_not_change(seed: int) -> None:
+    """The newest row at or before any instant holds the oracle's value, so no change was missed."""
+    events = stream(seed, 40).events
+    end = events[-1].applied + 200 * MINUTE
+    rng = random.Random(seed)
+    rows = run(events, [], end)
+    for name in rows:
+        for key in {k for k, _, _ in rows[name]}:
+            for at in [rng.randrange(events[0].applied, end) for _ in range(8)]:
+                held = [values for k, time, values in rows[name] if k == key and time <= at]
+                expected = brute_force(use_case, name, key, events, at)
+                if not held:
+                    assert not any(expected.values()), (name, key, at)
+                for feature, value in held[-1] if held else ():
+                    assert same(value, expected[feature]), (name, key, at, feature)
+
+
+def test_empty_keys_are_forgotten() -> None:
+    engine = Engine(use_case)
+    events = stream(3, 50).events
+    engine.advance(events, events[-1].applied + 1)
+    assert engine.windows["by_user"].slots
+    engine.advance([], events[-1].applied + 10_000 * MINUTE)
+    for view in engine.windows.values():
+        assert not view.slots and not len(view.log_times) and not view.totals.any()
+        assert not any(view.history.values())
+
+
+@pytest.mark.parametrize(
+    ("function", "window", "slide"), [("median", 60, 10), ("sum", 60, 60), ("sum", 60, 7), ("sum", 60, None), ("last_x", 60, 10)]
+)
+def test_what_can_not_be_executed_is_named(function: str, window: int, slide: int | None) -> None:
+    wrong = Aggregation("size", function, timedelta(minutes=window), timedelta(minutes=slide) if slide else None, "wrong")
+    with pytest.raises(ConfigError, match="'wrong'"):
+        compile_view(stream_view("v", [user], moved, "toy", [wrong]))
+
+
+def test_a_fraction_that_is_summed_needs_decimals() -> None:
+    engine = Engine(use_case)
+    view = stream_view("half", [], moved, "toy", [Aggregation("half", "sum", timedelta(hours=1), timedelta(minutes=10), "h")], lambda c: {"half": c["price"] / 2})
+    from features.windows import ViewWindows
+
+    engine.views["half"], engine.windows["half"] = view, ViewWindows(compile_view(view))
+    engine.source["half"], engine.entities["half"] = moved, ()
+    value = SimpleNamespace(id="1", at=0, user="ann", size=1, price=0.001)
+    with pytest.raises(ConfigError, match="decimals"):
+        engine.advance([Applied("moved", value, 0, 0)], 10)
