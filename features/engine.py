@@ -33,8 +33,7 @@ class Engine:
 
     def __init__(self, use_case: UseCase) -> None:
         self.views = {view.name: view for view in use_case.views}
-        contracts = {topic: c for topic, c in use_case.event_topics.items()}
-        self.source = {name: _contract_of(view, contracts) for name, view in self.views.items()}
+        self.source = {name: _contract_of(view, use_case.event_topics) for name, view in self.views.items()}
         self.contracts = {c.name: c for c in use_case.contracts}
         self.windows = {
             name: ViewWindows(compile_view(view), {f.name: f.decimals or 0 for f in self.source[name].fields})
@@ -61,7 +60,9 @@ class Engine:
 
     def advance(self, events: Sequence[Applied], watermark: int) -> dict[str, ViewRows]:
         """View name -> changed rows, ordered by (key, time)."""
-        columns = {name: self._columns(c, [e for e in events if e.contract == name]) for name, c in self.contracts.items()}
+        columns = {
+            name: self._columns(c, [e for e in events if e.contract == name]) for name, c in self.contracts.items()
+        }
         derived = {key: self._derived(timers, events, watermark) for key, timers in self.timers.items()}
         changed = {}
         for name, windows in self.windows.items():

@@ -5,16 +5,18 @@ departures, arrivals, hourly weather. What carries a prediction is how late the 
 """
 
 from datetime import timedelta
+from typing import Any
 
-from feast import FeatureService, RequestSource
+from feast import Entity, FeatureService, RequestSource, StreamFeatureView
 from feast import Field as FeastField
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Float64, Int64, String
 
 from features.contracts import Contract, Field
-from features.timers import TimerRule
+from features.timers import TimerRule, Timers
 from features.usecase import Category, Label, ModelInputs, UseCase
 from features.views import entity, over, stream_view
+from features.windows import Columns
 
 LATE = 15  # minutes
 HOUR = 3_600_000
@@ -80,28 +82,28 @@ origin, carrier, dest, flight, tailnum = (entity(n) for n in ("origin", "carrier
 dep_slot, arr_slot = entity("dep_slot", int), entity("arr_slot", int)
 
 
-def departure_columns(columns):  # type: ignore[no-untyped-def]
+def departure_columns(columns: Columns) -> Columns:
     """Whether each departure was late."""
     return {"late": columns["dep_delay"] > 15}
 
 
-def arrival_columns(columns):  # type: ignore[no-untyped-def]
+def arrival_columns(columns: Columns) -> Columns:
     """Whether each arrival was late, and what it gained in the air."""
     return {"late": columns["arr_delay"] > 15, "gain": columns["arr_delay"] - columns["dep_delay"]}
 
 
-def slot_columns(columns):  # type: ignore[no-untyped-def]
+def slot_columns(columns: Columns) -> Columns:
     """The hour in which a flight is to leave, and to land."""
     return {"dep_slot": columns["sched_dep"] // 3_600_000, "arr_slot": columns["sched_arr"] // 3_600_000}
 
 
-def departures(name, keys, hours):  # type: ignore[no-untyped-def]
+def departures(name: str, keys: list[Entity], hours: tuple[int, ...]) -> StreamFeatureView:
     """How late departures were, by `keys`."""
     aggregations = over(name, "dep_delay", ("mean", "count"), hours) + over(name, "late", ("mean",), hours)
     return stream_view(name, keys, departed, "flights", aggregations, departure_columns)
 
 
-def arrivals(name, keys, hours, gain=()):  # type: ignore[no-untyped-def]
+def arrivals(name: str, keys: list[Entity], hours: tuple[int, ...], gain: tuple[int, ...] = ()) -> StreamFeatureView:
     """How late arrivals were, by `keys`, and the gain in the air."""
     aggregations = over(name, "arr_delay", ("mean", "count"), hours) + over(name, "late", ("mean",), hours)
     return stream_view(
@@ -109,17 +111,22 @@ def arrivals(name, keys, hours, gain=()):  # type: ignore[no-untyped-def]
     )
 
 
-def overdue(name, keys):  # type: ignore[no-untyped-def]
+def overdue(name: str, keys: list[Entity]) -> StreamFeatureView:
     """Flights past their schedule that have not left: how many, and the sum of their scheduled minutes."""
     return stream_view(name, keys, scheduled, "flights", over(name, "due_minute", ("count", "sum"), (12,)))
 
 
-def overdue_timers(event, value, timers):  # type: ignore[no-untyped-def]
+def overdue_timers(event: str, value: Any, timers: Timers) -> None:
     """A flight is overdue from its schedule until it leaves, for 6 hours at most."""
     if event == "departed":
         timers.cancel(value.flight_id)
         return
-    row = {"origin": value.origin, "carrier": value.carrier, "dest": value.dest, "due_minute": value.sched_dep // 60_000}
+    row = {
+        "origin": value.origin,
+        "carrier": value.carrier,
+        "dest": value.dest,
+        "due_minute": value.sched_dep // 60_000,
+    }
     timers.at(value.sched_dep, value.flight_id, row, until=value.sched_dep + 6 * HOUR)
 
 
@@ -140,6 +147,7 @@ views = (
     arrivals("arr_all", [], (1, 3, 24), gain=(3, 24)),
     arrivals("arr_carrier", [carrier], (3, 24), gain=(3, 24)),
     arrivals("arr_dest", [dest], (3, 24), gain=(3, 24)),
+    arrivals("arr_origin", [origin], (1, 3, 24), gain=(3,)),
     arrivals("arr_carrier_dest", [carrier, dest], (24, 168, 1440)),
     arrivals("arr_flight", [flight], (168, 1440), gain=(1440,)),
     stream_view(
@@ -155,16 +163,24 @@ views = (
         [tailnum],
         arrived,
         "flights",
-        over("tail_arr", "arr_delay", ("last",), (24,))
-        + over("tail_arr", "time", ("last",), (24,))
-        + over("tail_arr", "dest", ("last",), (24,)),
-        last_types={"time": int, "dest": str},
+        over("tail_arr", "arr_delay", ("last", "mean"), (24,)) + over("tail_arr", "time", ("last",), (24,)),
+        last_types={"time": int},
     ),
     stream_view(
-        "density_dep", [origin, dep_slot], scheduled, "flights", over("density_dep", "distance", ("count",), (48,)), slot_columns
+        "density_dep",
+        [origin, dep_slot],
+        scheduled,
+        "flights",
+        over("density_dep", "distance", ("count",), (48,)),
+        slot_columns,
     ),
     stream_view(
-        "density_arr", [dest, arr_slot], scheduled, "flights", over("density_arr", "distance", ("count",), (48,)), slot_columns
+        "density_arr",
+        [dest, arr_slot],
+        scheduled,
+        "flights",
+        over("density_arr", "distance", ("count",), (48,)),
+        slot_columns,
     ),
     stream_view(
         "weather_origin",
@@ -208,7 +224,7 @@ DERIVED = (
 )
 
 
-@on_demand_feature_view(
+@on_demand_feature_view(  # type: ignore[untyped-decorator]
     name="trip_now",
     sources=[*views, asked],
     schema=[
@@ -221,7 +237,7 @@ DERIVED = (
     mode="python",
     singleton=True,
 )
-def trip_now(row):  # type: ignore[no-untyped-def]
+def trip_now(row: dict[str, Any]) -> dict[str, Any]:
     """What depends on the moment of asking: minutes overdue, the aircraft's turnaround, local hour and weekday."""
     import math
     from datetime import UTC, datetime
@@ -229,18 +245,18 @@ def trip_now(row):  # type: ignore[no-untyped-def]
 
     now, due = row["event_time"], row["sched_dep"]
     local = datetime.fromtimestamp(due / 1000, UTC).astimezone(ZoneInfo("America/New_York"))
-    out = {"hour": local.hour, "weekday": local.weekday(), "route": f"{row['origin']}-{row['dest']}"}
+    out: dict[str, Any] = {"hour": local.hour, "weekday": local.weekday(), "route": f"{row['origin']}-{row['dest']}"}
     out["origin_carrier_hour"] = f"{row['origin']}-{row['carrier']}-{local.hour}"
     for group in ("all", "origin", "carrier", "dest", "origin_carrier"):
         count = row[f"overdue_{group}_due_minute_count_12h"] or 0
         total = row[f"overdue_{group}_due_minute_sum_12h"] or 0.0
         out[f"overdue_{group}_minutes"] = count * now / 60_000 - total
     left, landed = row["tail_dep_time_last_24h"], row["tail_arr_time_last_24h"]
-    here = landed is not None and row["tail_arr_dest_last_24h"] == row["origin"]
+    back = landed is not None and left is not None and landed > left
     out["tail_since_dep_h"] = None if left is None else (now - left) / 3_600_000
     out["tail_since_arr_h"] = None if landed is None else (now - landed) / 3_600_000
     out["tail_away"] = None if left is None else float(landed is None or landed < left)
-    out["tail_slack_min"] = (due - landed) / 60_000 if here else None
+    out["tail_slack_min"] = (due - landed - (landed - left)) / 60_000 if back else None
     for name, reading in (("temp", "temp"), ("wind", "wind_speed"), ("pressure", "pressure"), ("visib", "visib")):
         last, mean = row[f"weather_{reading}_last_6h"], row[f"weather_{reading}_mean_3h"]
         out[f"{name}_change"] = None if last is None or mean is None else last - mean
@@ -250,7 +266,10 @@ def trip_now(row):  # type: ignore[no-untyped-def]
     return out
 
 
-NOT_NUMBERS = {"tail_dep_time_last_24h", "tail_arr_time_last_24h", "tail_arr_dest_last_24h"}
+# Instants are read through `trip_now`; temperature and pressure tell the season, and a model of one month learns that.
+NOT_NUMBERS = {"tail_dep_time_last_24h", "tail_arr_time_last_24h"} | {
+    f"weather_{name}_{value}" for name in ("temp", "dewp", "humid", "pressure") for value in ("last_6h", "mean_3h")
+}
 numbers = tuple(
     name
     for name in (

@@ -88,7 +88,8 @@ class Vectorizer:
     def __init__(self, use_case: UseCase) -> None:
         self.use_case = use_case
         self._views = [_View(v.name, _ms(v.ttl), empty_row(v)) for v in use_case.views]
-        self._on_demand = [v.feature_transformation.udf for v in use_case.on_demand]
+        transformations: list[Any] = [view.feature_transformation for view in use_case.on_demand]
+        self._on_demand = [transformation.udf for transformation in transformations]
         not_fields = {*use_case.entities, use_case.request.time, use_case.request.id}
         self.fields = tuple(f.name for f in use_case.request.fields if f.name not in not_fields)
         """Request fields: those of the request's contract that are neither its id, its time nor entity keys."""

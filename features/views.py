@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 from feast import Entity, FileSource, KafkaSource, StreamFeatureView, ValueType
 from feast import Field as FeastField
@@ -41,7 +42,9 @@ def over(prefix: str, column: str, functions: Iterable[str], hours: Iterable[int
     """Aggregations named `<prefix>_<column>_<function>_<window>` for every function and window."""
     windows = [timedelta(hours=h) for h in hours]
     return [
-        Aggregation(column, f, w, slide_of(w), f"{prefix}_{column}_{f}_{label_of(w)}") for w in windows for f in functions
+        Aggregation(column, f, w, slide_of(w), f"{prefix}_{column}_{f}_{label_of(w)}")
+        for w in windows
+        for f in functions
     ]
 
 
@@ -90,7 +93,7 @@ def stream_view(
             source=source,
             aggregations=list(aggregations),
             mode="python",
-            udf=udf,
+            udf=cast(FunctionType | None, udf),
             timestamp_field=contract.time,
             online=True,
             ttl=ttl,

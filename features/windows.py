@@ -133,7 +133,8 @@ class ViewWindows:
         """Apply events with `applied` < watermark and move every tail up to it; None when no row changed."""
         start, self.watermark = self.watermark, watermark
         if batch is None or not len(batch.keys):
-            batch = Batch([], *(np.zeros(0, np.int64) for _ in range(3)), {})
+            nothing = np.zeros(0, np.int64)
+            batch = Batch([], nothing, nothing, nothing, {})
         slots = self._slots(batch.keys)
         values = self._values(batch)
         entries = self._entries(batch, slots, values, start)
@@ -230,14 +231,17 @@ class ViewWindows:
         return ViewRows([self.keys[s] for s in slot.tolist()], time, last, columns)
 
     def _column(self, a: Aggregate, totals: Ints) -> list[Any]:
+        out: list[Any]
         g = self.groups.index(a.group)
         count = totals[:, g, self.terms[a.column, 0]]
         if a.function == "count":
-            return count.tolist()
+            out = count.tolist()
+            return out
         scale = self.scale[a.column]
         total = totals[:, g, self.terms[a.column, 1]]
         if a.function == "sum":
-            return (total // scale if a.integer else total / scale).tolist()
+            out = (total // scale if a.integer else total / scale).tolist()
+            return out
         n = np.maximum(count, 1)
         if a.function == "mean":
             return _nulled(total / n / scale, count < 1)

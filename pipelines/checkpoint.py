@@ -130,7 +130,9 @@ def read_snapshot(fs: Any, root: str, name: str, plan: str | None = None) -> Loa
                 "or reset this step's group and compute its features again with `penstock backfill`"
             ) from None
         if data["format"] != FORMAT:
-            raise StateError(f"{path} has format {data['format']}, this version reads {FORMAT}: run the version that wrote it")
+            raise StateError(
+                f"{path} has format {data['format']}, this version reads {FORMAT}: run the version that wrote it"
+            )
         return data
 
     last, owner = int(name.split("-")[0]), name.split("-")[1]

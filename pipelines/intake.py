@@ -6,6 +6,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from features.contracts import Contract, Invalid
@@ -159,9 +160,9 @@ def pack_record(record: Record) -> list[Any]:
 
 
 def unpack_record(data: Sequence[Any]) -> Record:
-    *rest, headers = data
-    return Record(*rest, headers=tuple((name, value) for name, value in headers))
+    topic, partition, offset, timestamp, key, value, headers = data
+    return Record(topic, partition, offset, timestamp, key, value, tuple((n, v) for n, v in headers))
 
 
-def _ms(duration: Any) -> int:
+def _ms(duration: timedelta) -> int:
     return round(duration.total_seconds() * 1000)

@@ -70,7 +70,13 @@ class Joiner:
     @property
     def plan(self) -> dict[str, Any]:
         label = self.label
-        return {"event": label.event, "key": label.key, "wait": self.wait, "on_expiry": label.on_expiry, "cut": self.every}
+        return {
+            "event": label.event,
+            "key": label.key,
+            "wait": self.wait,
+            "on_expiry": label.on_expiry,
+            "cut": self.every,
+        }
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
         out = Outputs(rows={"examples": []})

@@ -86,7 +86,7 @@ class Runner:
         *,
         store: OnlineStore | None = None,
         on_commit: Callable[[Sequence[Message]], None] | None = None,
-        policy: CommitPolicy = CommitPolicy(),  # noqa: B008 frozen
+        policy: CommitPolicy = CommitPolicy(),
         idle_timeout: float = 0.05,
     ) -> None:
         self.broker, self.use_case, self.make_step, self.state_url = broker, use_case, make_step, state_url
@@ -117,9 +117,10 @@ class Runner:
                 self._turn(strict=once)
             self._commit_all()
         finally:
+            owned, self.owned = self.owned, {}  # closing hands partitions over, and what failed must not commit
             self.consumer.close()
-            for owned in self.owned.values():
-                owned.producer.close()
+            for one in owned.values():
+                one.producer.close()
 
     def _partitions(self) -> list[TopicPartition]:
         return [(topic, i) for i in self.owned for topic in self.inputs]
@@ -184,7 +185,7 @@ class Runner:
 
     def _commit(self, i: int, owned: Owned) -> None:
         checkpoints, produced = owned.checkpoints, owned.produced
-        closed = []
+        closed: list[str] = []
         for table, rows in produced.closed:
             closed.append(checkpoints.write_table(table, rows, checkpoints.number * 1000 + len(closed)))
         owned.files += closed
@@ -198,9 +199,7 @@ class Runner:
         if watermark > owned.committed_watermark:
             messages += [clock_message(topic, i, watermark) for topic in self.outputs]
         owned.producer.send(messages)
-        positions = {
-            (t, i): Position(self.consumer.position((t, i)), f"{name}:{watermark}") for t in self.inputs
-        }
+        positions = {(t, i): Position(self.consumer.position((t, i)), f"{name}:{watermark}") for t in self.inputs}
         owned.producer.commit(positions, self.consumer)
         if rebased:
             checkpoints.clean_snapshots(checkpoints.number)
@@ -265,4 +264,3 @@ class Runner:
                 self._commit(i, owned)
             owned.producer.close()
             self.log.info("partition handed over", partition=i)
-

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 
 from features.usecase import UseCase
-from pipelines.step import Rows
 
 MS = pa.timestamp("ms", tz="UTC")
 TYPES = {"String": pa.string(), "Int64": pa.int64(), "Float64": pa.float64(), "Bool": pa.bool_()}

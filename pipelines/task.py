@@ -51,9 +51,7 @@ class Task:
     def watermark(self) -> int:
         return self.intake.watermark
 
-    def advance(
-        self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0
-    ) -> Produced:
+    def advance(self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0) -> Produced:
         """Take records in and process what is due."""
         before = self.intake.watermark
         events, refused = self.intake.advance(records, idle, quiet_ms)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import signal
 import sys
 from datetime import UTC, datetime, timedelta
@@ -42,17 +44,177 @@ def parse_duration(text: str) -> timedelta:
     return timedelta(**{units[text[-1]]: int(text[:-1])})
 
 
-Day = Annotated[datetime, typer.Option(parser=parse_day, metavar="DATE", help="UTC; the range is half-open.")]
-
-
 class Requests(StrEnum):
     http = "http"
     topic = "topic"
 
 
+class Action(StrEnum):
+    status = "status"
+    consider = "consider"
+    promote = "promote"
+    rollback = "rollback"
+
+
+def progress_on_stderr() -> contextlib.redirect_stdout[Any]:
+    """Standard output is for the result alone."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def show(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a command's result: one JSON object, or its text."""
     print(json.dumps(result) if as_json else text)
+
+
+@app.command()
+def up(
+    use_cases: Annotated[list[str] | None, typer.Argument(metavar="[USE_CASE]...", help="Default: flights.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when everything is ready.")] = False,
+    env: Annotated[bool, typer.Option("--env", help="Print `export` lines for a shell, start nothing.")] = False,
+) -> None:
+    """Start the embedded stack: Kafka, PostgreSQL, Redis, MLflow, Airflow and our processes, on loopback."""
+    from services import stack
+
+    if env:
+        for name, value in stack.env(Settings.load()).items():
+            print(f"export {name}={shlex.quote(value)}")
+        return
+    sys.exit(stack.up(Settings.load(), use_cases or ["flights"], detach=detach))
+
+
+@app.command()
+def down() -> None:
+    """Stop the embedded stack and every process of it."""
+    from services import stack
+
+    sys.exit(stack.down(Settings.load()))
+
+
+@app.command()
+def status(as_json: Json = False, use_case: UseCaseName = "flights") -> None:
+    """What runs; lag, watermarks and rejected events of the steps; versions and roles."""
+    from services import status as report
+
+    result = report.status(Settings.load(), use_case)
+    show(result, as_json, report.as_text(result))
+
+
+@app.command()
+def replay(
+    use_case: UseCaseName,
+    from_: Annotated[datetime, typer.Option("--from", parser=parse_day, metavar="DATE", help="UTC, included.")],
+    until: Annotated[datetime, typer.Option("--until", parser=parse_day, metavar="DATE", help="UTC, excluded.")],
+    speed: Annotated[float | None, typer.Option(min=0.001, help="Simulated seconds per second.")] = None,
+    lockstep: Annotated[bool, typer.Option("--lockstep", help="Tick by tick, as fast as the steps follow.")] = False,
+    tick: Annotated[timedelta, typer.Option(parser=parse_duration, metavar="DURATION")] = "15m",  # type: ignore[assignment]
+    requests: Annotated[Requests, typer.Option(help="Where scoring requests go.")] = Requests.http,
+    as_json: Json = False,
+) -> None:
+    """Send a use case's recorded events and requests again, in event-time order. Lockstep unless a speed is given."""
+    from features.usecase import load
+    from services.replay import replay
+    from services.source import source_of
+
+    if lockstep and speed is not None:
+        raise typer.BadParameter("choose one of --lockstep and --speed")
+    source = source_of(use_case)
+    with progress_on_stderr():
+        done = replay(
+            Settings.load(), load(use_case), source, from_, until, tick=tick, speed=speed, requests=requests.value
+        )
+    show(done.as_json(), as_json, str(done))
+
+
+@app.command()
+def run(
+    steps: Annotated[str, typer.Argument(metavar="STEP[+STEP]", help="featurizer, joiner, scorer, control.")],
+    use_case: UseCaseName,
+    once: Annotated[bool, typer.Option("--once", help="Stop at the end that the input has now.")] = False,
+) -> None:
+    """Run steps of a use case in this process, until stopped."""
+    from services.run import run
+
+    run(Settings.load(), steps, use_case, once=once)
+
+
+@app.command()
+def serve(
+    use_case: UseCaseName, port: Annotated[int, typer.Option(min=0, max=65535, help="0: the default.")] = 0
+) -> None:
+    """Run the predictor: POST /predict, /readyz, /metrics, /docs."""
+    from services.predictor import serve
+
+    serve(Settings.load(), use_case, port)
+
+
+@app.command()
+def train(
+    use_case: UseCaseName,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Horovod processes.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Retrain up to the newest cut with Horovod, evaluate, register a version. No new cut: one line, success."""
+    from services.train import train
+
+    with progress_on_stderr():
+        result = train(Settings.load(), use_case, ranks)
+    show(result.as_json(), as_json, str(result))
+
+
+@app.command()
+def rollout(
+    use_case: UseCaseName,
+    action: Annotated[Action, typer.Argument(help="What to do.")] = Action.status,
+    version: Annotated[str | None, typer.Argument(help="Of consider and promote: the version's number.")] = None,
+    why: Annotated[str, typer.Option(help="Recorded with the decision.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show what serves and why, or ask the controller to consider, promote or roll back; waits for its decision."""
+    from services import rollout
+
+    if (version is None) is (action in (Action.consider, Action.promote)):
+        raise typer.BadParameter("consider and promote need a version, status and rollback take none")
+    settings = Settings.load()
+    if action is Action.status:
+        state = rollout.status(settings, use_case)
+        show(state, as_json, rollout.as_text(state))
+        return
+    decision = rollout.send(settings, use_case, action.value, version, why)
+    show(decision, as_json, decision["sentence"])
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the stack up.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the state of an earlier demo first.")] = False,
+    tick: Annotated[timedelta, typer.Option(parser=parse_duration, metavar="DURATION")] = "15m",  # type: ignore[assignment]
+    as_json: Json = False,
+) -> None:
+    """The whole loop on real flights, 1 January to 15 February 2013, ending with a report."""
+    from services.demo import demo
+
+    sys.exit(demo(Settings.load(), keep=keep, fresh=fresh, tick=tick, as_json=as_json))
+
+
+@app.command()
+def audit(use_case: UseCaseName, as_json: Json = False) -> None:
+    """Check what was served: vectors recomputed from the raw events, no version that learned from the future."""
+    from features.usecase import load
+    from services.audit import as_text, audit
+
+    with progress_on_stderr():
+        checks = audit(Settings.load(), load(use_case))
+    show({"checks": checks}, as_json, as_text(checks))
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: Java, Maven, compiler, ports, versions; each fault with its mend."""
+    from services.setup import doctor
+
+    sys.exit(doctor.run())
 
 
 def main() -> None:

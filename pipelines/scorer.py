@@ -1,0 +1,126 @@
+"""The scorer: featurize, then answer scoring requests that are events themselves, each as of its own time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from features.contracts import Contract, Field, Invalid
+from features.engine import Applied, Engine
+from features.usecase import Row, UseCase
+from features.vectors import Vectorizer
+from features.windows import ViewRows, pack, unpack
+from pipelines.memory_store import MemoryStore
+from pipelines.prediction import prediction_message
+from pipelines.step import Event, Outputs, Rejection, Rows
+
+Scored = tuple[list[float], str, str]  # scores, version, arm
+Score = Callable[[Sequence[Row]], Scored]
+
+
+def requests_contract(use_case: UseCase) -> Contract:
+    """A scoring request as an event: the row that `POST /predict` takes."""
+    return replace(
+        use_case.request,
+        name="requests",
+        fields=(
+            Field("request_id", str),
+            Field("event_time", "time"),
+            Field("entities", dict),
+            Field("fields", dict, optional=True),
+        ),
+        time="event_time",
+        id="request_id",
+        topic=use_case.topic("requests"),
+    )
+
+
+class Scorer:
+    """Answers each request with the features as of its event time: requests at t before events at t.
+
+    Parameters
+    ----------
+    parse : (entities, fields) -> the same, checked against the use case's request contract; raises Invalid
+    score : vectors by feature name -> (scores, version, arm): the model that serves now
+    """
+
+    name = "scorer"
+
+    def __init__(self, use_case: UseCase, parse: Callable[[Row, Row], tuple[Row, Row]], score: Score) -> None:
+        self.use_case, self.parse, self.score = use_case, parse, score
+        self.engine, self.store, self.vectorizer = Engine(use_case), MemoryStore(use_case), Vectorizer(use_case)
+        requests = requests_contract(use_case)
+        self.inputs: dict[str, Contract] = {**use_case.event_topics, requests.topic: requests}
+        self.outputs = (use_case.topic("predictions"),)
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        return self.engine.plan
+
+    def process(self, events: Sequence[Event], watermark: int) -> Outputs:
+        out = Outputs()
+        asked = [e for e in events if e.contract.name == "requests"]
+        applied = [
+            Applied(e.contract.name, e.value, e.time, e.applied) for e in events if e.contract.name != "requests"
+        ]
+        waiting = {name: _by_time(name, rows) for name, rows in self.engine.advance(applied, watermark).items()}
+        answers = [a for e in asked if (a := self._vector(e, waiting, out))]
+        self._apply(waiting, watermark)
+        if answers:
+            scores, version, arm = self.score([vector.features for *_, vector in answers])
+            for (event, keys, fields, vector), score in zip(answers, scores, strict=True):
+                message = prediction_message(
+                    self.use_case,
+                    request_id=event.value.request_id,
+                    event_time=event.time,
+                    keys=keys,
+                    fields=fields,
+                    vector=vector,
+                    schema=self.vectorizer.schema_id,
+                    version=version,
+                    arm=arm,
+                    score=score,
+                    timestamp=event.record.timestamp if event.record else event.time,
+                    sent=watermark,
+                )
+                out.messages.append(message)
+        return out
+
+    def _vector(self, event: Event, waiting: dict[str, Rows], out: Outputs) -> tuple[Event, Row, Row, Any] | None:
+        try:
+            entities, fields = self.parse(event.value.entities, event.value.fields or {})
+        except Invalid as invalid:
+            out.rejected.append(Rejection(event, invalid.reason, invalid.detail))
+            return None
+        self._apply(waiting, event.applied)
+        keys = self.vectorizer.entity_keys(entities, fields)
+        return event, keys, fields, self.vectorizer.assemble(keys, fields, event.time, self.store.read([keys])[0])
+
+    def _apply(self, waiting: dict[str, Rows], until: int) -> None:
+        """Make the rows that hold at `until` readable."""
+        for name, rows in waiting.items():
+            n = int(np.searchsorted(rows.times, until, side="right"))
+            if n:
+                self.store.write([_slice(rows, slice(n))])
+                waiting[name] = _slice(rows, slice(n, None))
+
+    def snapshot(self) -> bytes:
+        return pack({"engine": self.engine.snapshot(), "store": self.store.snapshot()})
+
+    def restore(self, data: bytes) -> None:
+        state = unpack(data)
+        self.engine.restore(state["engine"])
+        self.store.restore(state["store"])
+
+
+def _by_time(name: str, rows: ViewRows) -> Rows:
+    order = np.argsort(rows.times, kind="stable").tolist()
+    columns = {n: [c[i] for i in order] for n, c in rows.columns.items()}
+    return Rows(name, [rows.keys[i] for i in order], rows.times[order].tolist(), columns)
+
+
+def _slice(rows: Rows, part: slice) -> Rows:
+    return Rows(rows.view, rows.keys[part], rows.times[part], {n: c[part] for n, c in rows.columns.items()})

@@ -1,0 +1,88 @@
+"""`penstock run`: one or more steps in this process, each on its own thread with its own consumer group."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from features.errors import ConfigError, PenstockError
+from features.usecase import UseCase, load
+from pipelines.runner import CommitPolicy, Runner
+from services import wiring
+from services.settings import Settings
+
+STEPS = ("featurizer", "joiner", "scorer", "control")
+
+
+def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = False) -> None:
+    """Run `steps` (joined by +) until stopped, or with `once` to the end that their input has now."""
+    names = steps.split("+")
+    if unknown := sorted(set(names) - set(STEPS)):
+        raise ConfigError(f"no step {', '.join(unknown)}: choose from {', '.join(STEPS)}, several joined by +")
+    use_case = load(use_case_name)
+    runners = [_runner(settings, use_case, name) for name in names]
+    _work(runners, once)
+
+
+def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:
+    make_step, extras = _step(settings, use_case, name)
+    return Runner(
+        wiring.broker(settings),
+        use_case,
+        make_step,
+        settings.state_url,
+        policy=CommitPolicy.every(settings.commit_interval_s),
+        idle_timeout=settings.idle_timeout_s,
+        **extras,
+    )
+
+
+def _step(settings: Settings, use_case: UseCase, name: str) -> tuple[Callable[[int], Any], dict[str, Any]]:
+    """How to make a step, and what its runner needs beside it."""
+    if name == "featurizer":
+        from pipelines.featurizer import Featurizer
+
+        return lambda partition: Featurizer(use_case), {"store": wiring.feature_store(settings, use_case)}
+    if name == "joiner":
+        from pipelines.joiner import Joiner
+
+        return lambda partition: Joiner(use_case, partition), {}
+    if name == "control":
+        from pipelines.control import ControlStep
+        from services.control import Mirror
+
+        return lambda partition: ControlStep(use_case), {"on_commit": Mirror(settings, use_case.name)}
+    from services.scoring import make_scorer
+
+    return make_scorer(settings, use_case), {}
+
+
+def _work(runners: Sequence[Runner], once: bool) -> None:
+    """One thread per runner; the first error stops all and is raised."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def work(runner: Runner) -> None:
+        try:
+            runner.run(stop, once=once)
+        except BaseException as error:  # handed to the main thread, which raises it
+            errors.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=work, args=(r,), name=r.name) for r in runners]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    for error in errors:
+        if not isinstance(error, PenstockError):
+            raise error
+    if errors:
+        raise errors[0]

@@ -1,0 +1,41 @@
+"""The scorer as a process: the model that serves now, and requests checked as the predictor checks them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from features.contracts import Invalid
+from features.usecase import Row, UseCase
+from features.vectors import encode
+from pipelines.scorer import Scored, Scorer
+from services import wiring
+from services.predict_request import Refused, RequestDecoder
+from services.predictor import version_fetcher
+from services.serving_state import ModelSlot, Prior, ServingState
+from services.settings import Settings
+
+STARTUP_S = 60.0
+
+
+def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer]:
+    """Partition -> scorer; all share one model, which follows `<uc>.models`."""
+    slot = ModelSlot(Prior(use_case.prior))
+    fetch = version_fetcher(wiring.registry(settings).download, use_case.name, settings.home / "models" / use_case.name)
+    ServingState(use_case, wiring.broker(settings), slot, fetch).start().wait_caught_up(STARTUP_S)
+    decoder = RequestDecoder(use_case, allow_event_time=True, new_id=lambda: str(time.time_ns()))
+
+    def parse(entities: Row, fields: Row) -> tuple[Row, Row]:
+        try:
+            (asked,) = decoder.decode(msgspec.json.encode({"entities": entities, "fields": fields}))
+        except Refused as refused:
+            raise Invalid("invalid", str(refused)) from None
+        return asked.entities, asked.fields
+
+    def score(vectors: Sequence[Row]) -> Scored:
+        model = slot.current
+        return model.score(*encode(model.inputs, vectors)).tolist(), model.version, "champion"
+
+    return lambda partition: Scorer(use_case, parse, score)

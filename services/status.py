@@ -1,0 +1,63 @@
+"""`penstock status`: what runs, how far each step has come, what was rejected, what serves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from features.errors import UnavailableError
+from features.usecase import UseCase, load
+from pipelines.broker import Broker
+from pipelines.checkpoint import watermark_of
+from services import rollout, stack, wiring
+from services.settings import Settings
+from services.topic_reader import read_all
+
+STEPS = ("featurizer", "joiner", "control")
+
+
+def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
+    """Services of the embedded stack, then the use case's steps and versions as far as Kafka answers."""
+    use_case = load(use_case_name)
+    result: dict[str, Any] = {**stack.status(settings), "use_case": use_case.name}
+    try:
+        broker = wiring.broker(settings)
+        result["steps"] = {step: _step(broker, use_case, step) for step in STEPS}
+        rejected = (
+            msgspec.json.decode(r.value)["reason"] for r in read_all(broker, use_case.topic("rejected")) if r.value
+        )
+        result["rejected"] = dict(Counter(rejected))
+        result["serving"] = rollout.status(settings, use_case.name)
+    except UnavailableError as error:
+        result["problem"] = str(error)
+    return result
+
+
+def _step(broker: Broker, use_case: UseCase, step: str) -> dict[str, Any]:
+    """Committed watermark (epoch ms), records not committed yet, live members."""
+    group = use_case.topic(step)
+    positions = broker.committed(group)
+    consumer = broker.consumer(sorted({topic for topic, _ in positions})) if positions else None
+    lag = 0
+    if consumer:
+        ends = consumer.end_offsets(list(positions))
+        consumer.close()
+        lag = sum(max(0, ends[tp] - p.offset) for tp, p in positions.items())
+    return {"watermark": watermark_of(broker, group), "lag": lag, "members": broker.members(group)}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The status for a person."""
+    lines = [stack.table(result)]
+    if problem := result.get("problem"):
+        return "\n".join([*lines, f"  {problem}"])
+    for name, step in result["steps"].items():
+        mark = step["watermark"]
+        at = datetime.fromtimestamp(mark / 1000, UTC).isoformat(timespec="seconds") if mark else "nothing yet"
+        lines.append(f"  {name:12} watermark {at}, {step['lag']} records behind, {step['members']} running")
+    rejected = ", ".join(f"{n} {reason}" for reason, n in sorted(result["rejected"].items()))
+    lines.append(f"  rejected     {rejected or 'none'}")
+    return "\n".join([*lines, rollout.as_text(result["serving"])])
