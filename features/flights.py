@@ -252,7 +252,7 @@ def trip_now(row: dict[str, Any]) -> dict[str, Any]:
         total = row[f"overdue_{group}_due_minute_sum_12h"] or 0.0
         out[f"overdue_{group}_minutes"] = count * now / 60_000 - total
     left, landed = row["tail_dep_time_last_24h"], row["tail_arr_time_last_24h"]
-    back = landed is not None and left is not None and landed > left
+    back = landed is not None and left is not None and landed >= left
     out["tail_since_dep_h"] = None if left is None else (now - left) / 3_600_000
     out["tail_since_arr_h"] = None if landed is None else (now - landed) / 3_600_000
     out["tail_away"] = None if left is None else float(landed is None or landed < left)

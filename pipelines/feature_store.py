@@ -85,7 +85,7 @@ class FeatureStore:
             by_keys.setdefault(view.keys, []).append(view)
         self._groups = [(keys, views, [f for v in views for f in v.fields]) for keys, views in by_keys.items()]
         self._redis_key = lru_cache(maxsize=65_536, typed=True)(self._make_redis_key)
-        self._redis = _connect(config, timeout_s)
+        self._redis: Any = _connect(config, timeout_s)  # its stubs know no keys of bytes
 
     def write(self, rows: Sequence[Rows]) -> None:
         """Write rows and wait for the acknowledgement.
@@ -237,17 +237,19 @@ def _entity_value(name: str, value: Any) -> Value:
 def _encoder(dtype: str) -> Encoder:
     if dtype == "DOUBLE":
         return lambda value: DOUBLE_TAG + _pack(value)
+    make: Any = Value
     name = FIELDS[dtype]
     if dtype.endswith("_LIST"):
-        return lambda value: Value(**{name: {"val": value}}).SerializeToString()
-    return lru_cache(maxsize=65_536)(lambda value: Value(**{name: value}).SerializeToString())
+        return lambda value: bytes(make(**{name: {"val": value}}).SerializeToString())
+    return lru_cache(maxsize=65_536)(lambda value: bytes(make(**{name: value}).SerializeToString()))
 
 
 def _decoder(dtype: str) -> Decoder:
     name = FIELDS[dtype]
 
     def double(raw: bytes) -> float:
-        return _unpack(raw, 1)[0] if len(raw) == 9 and raw[:1] == DOUBLE_TAG else Value.FromString(raw).double_val
+        packed = len(raw) == 9 and raw[:1] == DOUBLE_TAG
+        return float(_unpack(raw, 1)[0] if packed else Value.FromString(raw).double_val)
 
     if dtype == "DOUBLE":
         return double
@@ -257,11 +259,11 @@ def _decoder(dtype: str) -> Decoder:
 
 
 def _time_bytes(time: int) -> bytes:
-    return Timestamp(seconds=time // 1000, nanos=time % 1000 * 1_000_000).SerializeToString()
+    return bytes(Timestamp(seconds=time // 1000, nanos=time % 1000 * 1_000_000).SerializeToString())
 
 
 def _time_of(raw: bytes | None) -> int | None:
     if raw is None:
         return None
     at = Timestamp.FromString(raw)
-    return at.seconds * 1000 + at.nanos // 1_000_000
+    return int(at.seconds * 1000 + at.nanos // 1_000_000)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kafka import ConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import AsyncConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.coordinator.assignors.range import RangePartitionAssignor
+from kafka.future import Future
 from kafka.structs import OffsetAndMetadata
 
 from features.errors import ConfigError, FencedError, InputError, PenstockError, UnavailableError
@@ -20,6 +21,7 @@ from pipelines.broker import TopicPartition as Partition
 BOOTSTRAP_S = 10.0
 ANSWER_S = 30.0
 SESSION_MS, HEARTBEAT_MS, POLL_INTERVAL_MS = 6_000, 1_500, 3_600_000
+JOIN_MS = 3_000  # how long a poll waits for a rebalance; the client forgets one that ends between two polls
 FETCH_WAIT_MS = 50  # a resumed partition joins the next fetch, so it waits this long at most
 TRANSACTION_MS = 10_000
 RETRY_BACKOFF_MS = 20
@@ -159,18 +161,12 @@ class KafkaBroker:
             allow_auto_create_topics=False,
             metrics_enabled=False,
         )
-        with _translated(f"open {', '.join(topics)}"):
-            partitions = {topic: kafka.partitions_for_topic(topic) for topic in topics}
-        if missing := sorted(topic for topic, found in partitions.items() if not found):
-            kafka.close()
-            raise UnavailableError(f"Kafka at {self.bootstrap} has no topic {', '.join(missing)}: run `penstock up`")
         consumer = _Consumer(kafka, on_assigned, on_revoked)
-        if group is not None:
-            kafka.subscribe(list(topics), listener=_Listener(consumer.rebalances))
-        else:
-            kafka.assign([TopicPartition(topic, p) for topic, found in partitions.items() for p in sorted(found)])
-            for partition in consumer.assignment():
-                consumer.position(partition)  # from_end: the end is now, not at the first poll
+        try:
+            consumer.open(topics)
+        except PenstockError:
+            kafka.close()
+            raise
         return consumer
 
     def producer(self, *, transactional_id: str | None = None) -> Producer:
@@ -210,38 +206,77 @@ class KafkaBroker:
         return len(found[group]["members"] or ())
 
 
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
-    """Notes rebalances. They are told in `poll`: here, on the client's own thread, no call of it may block."""
+class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
+    """Passes rebalances on to the consumer.
 
-    def __init__(self, rebalances: list[tuple[bool, set[Partition]]]) -> None:
-        self._rebalances = rebalances
+    kafka-python calls this on its I/O thread, where no call of it may block. Revocation runs on a thread of its own
+    while `poll` waits for it, so that the owner can still commit; assignment is told at the end of `poll`.
+    """
 
-    def on_partitions_assigned(self, assigned: Any) -> None:
-        self._rebalances.append((True, {tuple(p) for p in assigned}))
+    def __init__(self, consumer: _Consumer) -> None:
+        self._consumer = consumer
 
-    def on_partitions_revoked(self, revoked: Any) -> None:
-        self._rebalances.append((False, {tuple(p) for p in revoked}))
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        self._consumer.assigned.append({tuple(p) for p in assigned})
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        partitions = {tuple(p) for p in revoked}
+        if not partitions:
+            return
+        done = Future()
+        threading.Thread(target=self._consumer.revoke, args=(partitions, done), name="revoke").start()
+        await done
 
 
 class _Consumer:
-    """A consumer of one thread.
-
-    Callbacks run inside `poll`, after the group has already moved on: what the owner had not committed, its
-    successor does again, and a commit that comes too late is refused with FencedError.
-    """
+    """A consumer of one thread. Both callbacks run inside `poll`; a commit in `on_revoked` still counts."""
 
     def __init__(self, kafka: Any, on_assigned: RebalanceCallback | None, on_revoked: RebalanceCallback | None) -> None:
         self._kafka = kafka
-        self._tell = {True: on_assigned, False: on_revoked}
-        self.rebalances: list[tuple[bool, set[Partition]]] = []
+        self._on_assigned, self._on_revoked = on_assigned, on_revoked
+        self._closing = False
+        self._error: BaseException | None = None
+        self.assigned: list[set[Partition]] = []
         self.membership: Any = None
+
+    def open(self, topics: Sequence[str]) -> None:
+        """Join the group, or take all partitions; the topics are known by then, so that no rebalance follows."""
+        kafka = self._kafka
+        with _translated(f"open {', '.join(topics)}"):
+            if kafka.config["group_id"]:
+                kafka.subscribe(list(topics), listener=_Listener(self))
+            else:
+                kafka._cluster.set_topics(topics)
+            kafka._net.run(kafka._manager.wait_for, kafka._cluster.request_update(), int(ANSWER_S * 1000))
+            known = {topic: kafka._cluster.partitions_for_topic(topic) for topic in topics}
+        if missing := sorted(topic for topic, partitions in known.items() if not partitions):
+            raise UnavailableError(f"Kafka has no topic {', '.join(missing)}: run `penstock up`")
+        if not kafka.config["group_id"]:
+            kafka.assign([TopicPartition(topic, p) for topic, partitions in known.items() for p in sorted(partitions)])
+            for partition in self.assignment():
+                self.position(partition)  # from_end: the end is now, not at the first poll
+
+    def revoke(self, partitions: set[Partition], done: Any) -> None:
+        """Tell the owner, then let the rebalance go on; `poll` raises what the owner raised."""
+        try:
+            if self._on_revoked is not None and not self._closing:
+                self._on_revoked(partitions)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._kafka._manager.call_soon(done.success, None)
 
     def poll(self, timeout: float, max_records: int = 2000) -> list[Record]:
         with _translated("poll"):
+            if self._kafka.config["group_id"] and self._kafka._coordinator.need_rejoin():
+                self._kafka._coordinator.poll(timeout_ms=JOIN_MS)
             batches = self._kafka.poll(timeout_ms=max(0, round(timeout * 1000)), max_records=max_records)
-        if self.rebalances:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self.assigned:
             self._put_back(batches)
-            self._tell_rebalances()
+            self._tell_assigned()
             return []
         return [
             Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, tuple(r.headers))
@@ -250,22 +285,19 @@ class _Consumer:
         ]
 
     def _put_back(self, batches: Mapping[Any, Any]) -> None:
-        """What came with a rebalance is read again, from where the callbacks leave the position."""
+        """What came with a rebalance is read again, from where the callback leaves the position."""
         assigned = self._kafka.assignment()
         for partition, batch in batches.items():
             if partition in assigned:
                 self._kafka.seek(partition, batch[0].offset)
 
-    def _tell_rebalances(self) -> None:
-        while self.rebalances:
-            assigned, partitions = self.rebalances.pop(0)
-            if assigned:
-                # Commits carry the generation that the owner has been told of, so one made between a rebalance
-                # and its callback is refused by the broker.
-                self.membership = self._kafka.group_metadata()
-            tell = self._tell[assigned]
-            if tell is not None and partitions:
-                tell(partitions)
+    def _tell_assigned(self) -> None:
+        while self.assigned:
+            partitions = self.assigned.pop(0)
+            # Commits carry the generation that the owner has been told of: one made for an older one is refused.
+            self.membership = self._kafka.group_metadata()
+            if self._on_assigned is not None and partitions:
+                self._on_assigned(partitions)
 
     def assignment(self) -> set[Partition]:
         return {tuple(p) for p in self._kafka.assignment()}
@@ -306,6 +338,7 @@ class _Consumer:
         return {p: Position(o.offset, o.metadata or "") for p, o in found.items() if o is not None and o.offset >= 0}
 
     def close(self) -> None:
+        self._closing = True
         self._kafka.close(timeout_ms=2_000)
 
 
@@ -322,7 +355,9 @@ class _Producer:
         with _translated("send", self._kafka):
             for message in messages:
                 self._begin()
-                self._sent.append(self._send(message))
+                future = self._send(message)
+                if self._transactional_id is None:
+                    self._sent.append(future)
 
     def _begin(self) -> None:
         if self._transactional_id is not None and not self._open:
@@ -360,7 +395,7 @@ class _Producer:
                 self._wait(lambda manager: manager.send_offsets_to_transaction(offsets, _membership(consumer)))
             if self._open:
                 self._wait(lambda manager: manager.begin_commit())
-        self._open, self._sent = False, []
+        self._open = False
 
     def _wait(self, request: Callable[[Any], Any]) -> None:
         """The client's own methods wait without a deadline; this is what they do, with one."""

@@ -30,9 +30,20 @@ class MemoryStore:
     def read(self, keys: Sequence[Mapping[str, Any]]) -> list[dict[str, StoredRow]]:
         """For each dict of entity keys: view name -> (row, epoch ms), or (None, None)."""
         return [
-            {view: self._rows[view].get(tuple(map(entity.get, names)), (None, None)) for view, names in self._keys.items()}
+            {
+                view: self._rows[view].get(tuple(map(entity.get, names)), (None, None))
+                for view, names in self._keys.items()
+            }
             for entity in keys
         ]
+
+    def snapshot(self) -> list[Any]:
+        """Every row as plain values."""
+        return [[view, list(key), row, time] for view, rows in self._rows.items() for key, (row, time) in rows.items()]
+
+    def restore(self, data: Sequence[Any]) -> None:
+        for view, key, row, time in data:
+            self._rows[view][tuple(key)] = (row, time)
 
 
 def _typed(value: Any, dtype: str) -> Any:

@@ -48,7 +48,7 @@ class OnnxModel:
             model._verify(example)
         except InputError:
             raise
-        except Exception as error:  # whatever a damaged file makes ONNX Runtime raise: its errors share no public base
+        except Exception as error:  # ONNX Runtime's own errors share no public base
             raise InputError(f"version {version} can't be loaded: {type(error).__name__}: {_line(error)}") from error
         return model
 

@@ -37,7 +37,9 @@ def test_an_empty_window_is_zero_a_list_or_null() -> None:
 def test_the_vector_holds_everything_in_the_order_of_its_types() -> None:
     vector = assemble({"all_orders": ({"all_count": 2, "all_mean": 4.0}, T - 1), "shop_item": (None, None)})
     assert list(vector.features) == list(Vectorizer(use_case).types)
-    assert vector.features["shop"] == "a" and vector.features["price"] == 5.0 and vector.features["due"] is None
+    assert vector.features["shop"] == "a"
+    assert vector.features["price"] == 5.0
+    assert vector.features["due"] is None
     assert vector.features["price_ratio"] == 1.25
     assert vector.feature_times == {"all_orders": T - 1, "shop_item": None}
     assert (vector.missing, vector.stale) == (["shop_item"], [])
@@ -45,7 +47,7 @@ def test_the_vector_holds_everything_in_the_order_of_its_types() -> None:
 
 def test_a_row_past_its_ttl_reads_as_empty_and_is_missing_and_stale() -> None:
     row = {**empty_row(shop_item), "si_count": 7}
-    at_ttl, past = assemble({"shop_item": (row, T - 2 * HOUR)}), assemble({"shop_item": (row, T - 2 * HOUR - 1)})
+    at_ttl, past = (assemble({"shop_item": (row, T - 2 * HOUR)}), assemble({"shop_item": (row, T - 2 * HOUR - 1)}))
     assert (at_ttl.features["si_count"], at_ttl.stale) == (7, [])
     assert (past.features["si_count"], past.stale) == (0, ["shop_item"])
     assert past.missing == ["all_orders", "shop_item"]

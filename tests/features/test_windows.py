@@ -42,7 +42,10 @@ user = entity("user")
 def windows(prefix: str) -> list[Aggregation]:
     """Every function, over windows and slides of different shapes."""
     shapes = [(10, 1, "a"), (30, 10, "b"), (60, 30, "c")]
-    functions = [("size", f) for f in ("count", "sum", "mean", "std", "last", "last_3")] + [("price", "sum"), ("price", "std")]
+    functions = [("size", f) for f in ("count", "sum", "mean", "std", "last", "last_3")] + [
+        ("price", "sum"),
+        ("price", "std"),
+    ]
     return [
         Aggregation(column, f, timedelta(minutes=w), timedelta(minutes=h), f"{prefix}_{column}_{f}_{tag}")
         for w, h, tag in shapes
@@ -190,17 +193,27 @@ def test_empty_keys_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "window", "slide"), [("median", 60, 10), ("sum", 60, 60), ("sum", 60, 7), ("sum", 60, None), ("last_x", 60, 10)]
+    ("function", "window", "slide"),
+    [("median", 60, 10), ("sum", 60, 60), ("sum", 60, 7), ("sum", 60, None), ("last_x", 60, 10)],
 )
 def test_what_can_not_be_executed_is_named(function: str, window: int, slide: int | None) -> None:
-    wrong = Aggregation("size", function, timedelta(minutes=window), timedelta(minutes=slide) if slide else None, "wrong")
+    wrong = Aggregation(
+        "size", function, timedelta(minutes=window), timedelta(minutes=slide) if slide else None, "wrong"
+    )
     with pytest.raises(ConfigError, match="'wrong'"):
         compile_view(stream_view("v", [user], moved, "toy", [wrong]))
 
 
 def test_a_fraction_that_is_summed_needs_decimals() -> None:
     engine = Engine(use_case)
-    view = stream_view("half", [], moved, "toy", [Aggregation("half", "sum", timedelta(hours=1), timedelta(minutes=10), "h")], lambda c: {"half": c["price"] / 2})
+    view = stream_view(
+        "half",
+        [],
+        moved,
+        "toy",
+        [Aggregation("half", "sum", timedelta(hours=1), timedelta(minutes=10), "h")],
+        lambda c: {"half": c["price"] / 2},
+    )
     from features.windows import ViewWindows
 
     engine.views["half"], engine.windows["half"] = view, ViewWindows(compile_view(view))

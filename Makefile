@@ -1,0 +1,29 @@
+PENSTOCK := .venv/bin/penstock
+BIN := .venv/bin
+export PYTHONPATH :=
+
+.PHONY: setup lock demo test soak clean
+
+setup: ## the environment, Kafka's jars and Horovod
+	@python3 -m services.setup.install
+
+lock: setup ## requirements.lock from requirements.in
+	@python3 -c 'from services.setup import install; import subprocess, sys; sys.exit(subprocess.call([*install._uv(), *sys.argv[1:]]))' \
+		pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url \
+		requirements.in -o requirements.lock
+
+demo: setup ## set-up, then the whole loop on real flights, ending with a report
+	@$(PENSTOCK) demo $(ARGS)
+
+test: setup ## style, types, and every test but the soak
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q -m "not soak" $(ARGS)
+
+soak: setup ## the long fault runs
+	@$(BIN)/pytest -q -m soak $(ARGS)
+
+clean: ## stop the embedded stack and remove its state; caches and .venv stay
+	@if [ -x $(PENSTOCK) ]; then $(PENSTOCK) down; fi
+	@rm -rf .penstock build .mypy_cache .ruff_cache

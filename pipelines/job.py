@@ -1,0 +1,93 @@
+"""One training job: what `penstock train` hands to the Horovod ranks, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from features.usecase import ModelInputs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    epochs : over the examples before the held-out part
+    rate : learning rate for one rank's batch; scaled by the number of ranks after the warm-up
+    finish_rate : the same for the last pass, over the held-out part and replayed examples
+    replay : replayed earlier examples per held-out one in the last pass
+    batch : examples per rank and step
+    weight_decay : of weight matrices, embeddings excepted
+    warm_up : part of the steps in which the rate rises
+    """
+
+    epochs: int = 3
+    rate: float = 1e-3
+    finish_rate: float = 2.5e-4
+    replay: int = 4
+    batch: int = 256
+    weight_decay: float = 0.01
+    warm_up: float = 0.1
+
+    @classmethod
+    def from_scratch(cls) -> Recipe:
+        """For a use case's first version."""
+        return cls()
+
+    @classmethod
+    def warm(cls) -> Recipe:
+        """For a version that starts from the champion's weights."""
+        return cls(epochs=2, rate=5e-4)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version a job starts from and is compared with: its files, and the cut (epoch ms) it learned up to."""
+
+    version: str
+    folder: str
+    cut: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A retrain up to a cut; all times epoch ms.
+
+    files : URLs of the archive files that are closed; rank 0's list is the one that counts
+    inputs : what the model reads
+    result : folder that gets the version's files, evaluation.json and, when all is done, result.json
+    champion : the version to compare with
+    warm_start : start from the champion's weights; its inputs must be these
+    range_from, cut : label times trained on, half-open
+    holdout : the last so many ms before the cut are scored before they are trained on
+    max_examples : the newest so many are used
+    seed : of weights, permutations and dropout
+    row_log : folder for the rows each rank took, step by step, or empty
+    """
+
+    files: tuple[str, ...]
+    inputs: ModelInputs
+    result: str
+    cut: int
+    range_from: int = 0
+    holdout: int = 86_400_000
+    champion: Champion | None = None
+    warm_start: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+    max_examples: int = 500_000
+    seed: int = 0
+    row_log: str = ""
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self) | {"inputs": self.inputs.as_json()}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Job:
+        data: dict[str, Any] = json.loads(path.read_text())
+        data["files"] = tuple(data["files"])
+        data["inputs"] = ModelInputs.from_json(data["inputs"])
+        data["champion"] = Champion(**data["champion"]) if data["champion"] else None
+        data["recipe"] = Recipe(**data["recipe"])
+        return cls(**data)

@@ -1,0 +1,166 @@
+"""The model: hashed embeddings and normalised numbers into a small MLP; missing values, scaling and all in one graph."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from features.usecase import ModelInputs
+
+CLIP = 5.0  # standard deviations
+LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
+EXAMPLE_ROWS = 8
+
+
+class Normaliser(nn.Module):
+    """Raw numbers [n, F] with NaN -> [n, 2F]: signed log1p, standardised, clipped at 5; then flags of what is missing."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("variance", torch.ones(numbers))
+        self.mean: Tensor
+        self.variance: Tensor
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        missing = torch.isnan(numbers)
+        squashed = squash(torch.where(missing, torch.zeros_like(numbers), numbers))
+        standard = (squashed - self.mean) / torch.sqrt(self.variance)
+        standard = torch.clamp(standard, -CLIP, CLIP)
+        return torch.cat([torch.where(missing, torch.zeros_like(standard), standard), missing.to(numbers.dtype)], 1)
+
+    def fit(self, numbers: npt.NDArray[np.float32], weight: float = 1.0) -> None:
+        """Move mean and variance to those of `numbers` [n, F], NaN left out; `weight` 1 forgets what was there."""
+        squashed = squash(torch.from_numpy(numbers).double())
+        known = ~torch.isnan(squashed)
+        n = known.sum(0)
+        zero = torch.zeros_like(squashed)
+        mean = torch.where(known, squashed, zero).sum(0) / n.clamp(min=1)
+        variance = torch.where(known, (squashed - mean) ** 2, zero).sum(0) / n.clamp(min=1)
+        step = torch.where(n > 0, weight, 0.0)
+        self.mean += (step * (mean - self.mean)).float()
+        self.variance += (step * (variance.clamp(min=LEAST_VARIANCE) - self.variance)).float()
+
+
+def squash(numbers: Tensor) -> Tensor:
+    """Signed log1p: keeps the sign, tames long tails."""
+    return torch.sign(numbers) * torch.log1p(torch.abs(numbers))
+
+
+class Net(nn.Module):
+    """Scores from a model's inputs.
+
+    Parameters
+    ----------
+    inputs : sizes of everything follow from it
+    hidden : widths of the MLP's layers
+    dropout : after each of them
+    """
+
+    def __init__(self, inputs: ModelInputs, hidden: Sequence[int] = (192, 96), dropout: float = 0.2) -> None:
+        super().__init__()
+        self.normaliser = Normaliser(len(inputs.numbers))
+        self.tables = nn.ModuleList(nn.Embedding(c.buckets, c.dim) for c in inputs.categories)
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=0.05)  # type: ignore[arg-type]
+        width = 2 * len(inputs.numbers) + sum(c.dim for c in inputs.categories)
+        self.skip = nn.Linear(width, 1)
+        layers: list[nn.Module] = []
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.SiLU(), nn.LayerNorm(size), nn.Dropout(dropout)]
+            width = size
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 1)
+
+    def embed(self, numbers: Tensor, ids: Tensor) -> Tensor:
+        """Everything a model reads as one vector per row."""
+        return torch.cat([self.normaliser(numbers), *(t(ids[:, i]) for i, t in enumerate(self.tables))], 1)
+
+    def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
+        """Logits [n] of numbers [n, F], NaN allowed, and ids [n, C]."""
+        x = self.embed(numbers, ids)
+        logits: Tensor = self.head(self.body(x)) + self.skip(x)
+        return logits.squeeze(1)
+
+    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Probabilities [n], without dropout or gradient; the net stays in the mode it was in."""
+        training = self.training
+        self.eval()
+        device = self.head.weight.device
+        with torch.no_grad():
+            parts = [
+                torch.sigmoid(self(torch.from_numpy(n).to(device), torch.from_numpy(i).to(device)))
+                for n, i in zip(_chunks(numbers), _chunks(ids), strict=True)
+            ]
+        self.train(training)
+        return torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.float32)
+
+
+def _chunks(rows: npt.NDArray[Any], size: int = 8192) -> list[npt.NDArray[Any]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+class _Scorer(nn.Module):
+    """What is exported: probabilities instead of logits."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
+        return torch.sigmoid(self.net(numbers, ids))
+
+
+def export(
+    net: Net, folder: Path, inputs: ModelInputs, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]
+) -> None:
+    """Write the files of a version: model.onnx, weights.pt, inputs.json, and example.json of the first 8 given rows."""
+    net = net.cpu().eval()
+    numbers, ids = numbers[:EXAMPLE_ROWS], ids[:EXAMPLE_ROWS]
+    score = net.score(numbers, ids)
+    graph, weights = io.BytesIO(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, and 20 times as fast as its successor
+        torch.onnx.export(
+            _Scorer(net).eval(),
+            (torch.from_numpy(numbers), torch.from_numpy(ids)),
+            graph,
+            input_names=["numbers", "ids"],
+            output_names=["score"],
+            dynamic_axes={name: {0: "rows"} for name in ("numbers", "ids", "score")},
+            opset_version=17,
+            dynamo=False,
+        )
+    torch.save(net.state_dict(), weights)
+    example = {
+        "numbers": [[None if np.isnan(v) else float(v) for v in row] for row in numbers],
+        "ids": ids.tolist(),
+        "score": score.tolist(),
+    }
+    write(folder / "model.onnx", graph.getvalue())
+    write(folder / "weights.pt", weights.getvalue())
+    write(folder / "inputs.json", json.dumps(inputs.as_json()).encode())
+    write(folder / "example.json", json.dumps(example).encode())
+
+
+def load_weights(net: Net, folder: Path) -> None:
+    """Put a version's weights into a net of the same inputs; only tensors are read, no code."""
+    net.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location="cpu"))
+
+
+def write(path: Path, data: bytes) -> None:
+    """All or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -1,0 +1,316 @@
+"""Which version serves: a pure function of the serving state and a command.
+
+The evidence of `consider` is a paired comparison on the newest examples, which neither version has trained on: both
+scored the same vectors, losses are clipped, and averaged by block of event time because they correlate within one.
+
+>>> policy = RolloutPolicy.standard()
+>>> state, first = decide(RolloutState(), Command("consider", "1", id="a"), policy, 0)
+>>> first.sentence
+'promoted version 1: the first one serves without a comparison'
+>>> blocks = [{"start": 0, "n": 300, "difference": -0.02}, {"start": 3_600_000, "n": 100, "difference": 0.01}]
+>>> evidence = {"champion": "1", "log_loss": 0.4, "champion_log_loss": 0.4125, "blocks": blocks}
+>>> decide(state, Command("consider", "2", id="b", evidence=evidence), policy, 1)[1].sentence
+'promoted version 2 over 1: log loss .4000 against .4125 on 400 newest examples (difference -.0125 +- .0112 over \
+2 hourly blocks)'
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from typing import Any
+
+DECISIONS_KEPT = 50
+PROMOTED, REFUSED, ROLLED_BACK = "promoted", "refused", "rolled_back"
+
+
+@dataclass(frozen=True)
+class RolloutPolicy:
+    """When a challenger replaces the champion.
+
+    min_examples : newest examples that a comparison needs
+    loss_cap : an example's loss is clipped at it (nats) by the evaluation, so that no single one decides; a block
+        whose mean difference is beyond it was not clipped and is refused
+    margin : the mean difference (nats, challenger minus champion) must lie below it
+    """
+
+    min_examples: int = 200
+    loss_cap: float = 4.0
+    margin: float = 0.0
+
+    @classmethod
+    def standard(cls) -> RolloutPolicy:
+        """Better on average is enough: a refused version costs a week of learning, the next cut corrects an error."""
+        return cls()
+
+    @classmethod
+    def cautious(cls) -> RolloutPolicy:
+        """More examples, and a gain that is worth a change."""
+        return cls(min_examples=1000, margin=-0.001)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What somebody asks of the controller. `evidence` and `tags` come with `consider`."""
+
+    command: str
+    version: str | None = None
+    who: str = ""
+    why: str = ""
+    id: str = ""
+    evidence: Mapping[str, Any] | None = None
+    tags: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided on a command, and why.
+
+    command : the command's id
+    against : the champion that the version was compared with; None when no comparison decided
+    """
+
+    version: str | None
+    action: str
+    sentence: str
+    command: str
+    who: str
+    time: int
+    cut: int | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class RolloutState:
+    """What serves, and how it came to. `versions` are those that have served, in the order of their promotions."""
+
+    generation: int = 0
+    champion: str | None = None
+    versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The value of the `state` record in `<uc>.models`."""
+        return {
+            "generation": self.generation,
+            "roles": {"champion": self.champion},
+            "shares": {self.champion: 1.0} if self.champion else {},
+            "versions": {version: dict(facts) for version, facts in self.versions.items()},
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RolloutState:
+        return cls(
+            data["generation"],
+            data["roles"]["champion"],
+            dict(data["versions"]),
+            tuple(Decision(**decision) for decision in data["decisions"]),
+        )
+
+    @property
+    def previous(self) -> str | None:
+        """The champion before this one, among those not rolled back."""
+        before = list(takewhile(lambda version: version != self.champion, self.versions))
+        return next((v for v in reversed(before) if "rolled_back" not in self.versions[v]), None)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    action: str
+    sentence: str
+    champion: str | None = None
+    against: str | None = None
+
+
+def decide(state: RolloutState, command: Command, policy: RolloutPolicy, now_ms: int) -> tuple[RolloutState, Decision]:
+    """Act on a command.
+
+    A command whose id has been decided changes nothing and gives its decision again. Whatever is wrong with a command
+    or its evidence is a refusal with the reason, never an exception.
+    """
+    for decision in state.decisions:
+        if decision.command == command.id:
+            return state, decision
+    rule = {"consider": _consider, "promote": _promote, "rollback": _rollback}.get(command.command, _unknown)
+    verdict = rule(state, command, policy)
+    version = state.champion if verdict.action == ROLLED_BACK else command.version
+    decision = Decision(
+        version,
+        verdict.action,
+        verdict.sentence,
+        command.id,
+        command.who,
+        now_ms,
+        _integer(command.tags, "cut"),
+        verdict.against,
+    )
+    return _apply(state, command, decision, verdict.champion, now_ms), decision
+
+
+def _apply(state: RolloutState, command: Command, decision: Decision, champion: str | None, now: int) -> RolloutState:
+    state = replace(state, generation=state.generation + 1, decisions=(*state.decisions, decision)[-DECISIONS_KEPT:])
+    if champion is None:
+        return state
+    versions = {version: dict(facts) for version, facts in state.versions.items()}
+    if decision.action == ROLLED_BACK:
+        versions[str(state.champion)]["rolled_back"] = now
+        versions[champion]["since"] = now
+    else:
+        facts = versions.pop(champion, {})
+        facts |= {name: _integer(command.tags, name, facts.get(name)) for name in ("cut", "latest_label_time")}
+        facts.pop("rolled_back", None)
+        versions[champion] = facts | {"since": now}
+    kept = dict(list(versions.items())[-DECISIONS_KEPT:])
+    return replace(state, champion=champion, versions=kept | {champion: versions[champion]})
+
+
+def _unknown(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+    return _Verdict(REFUSED, f"refused {command.command!r}: the commands are consider, promote and rollback")
+
+
+def _promote(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+    version = command.version
+    if not version:
+        return _Verdict(REFUSED, "refused to promote: the command names no version")
+    if version == state.champion:
+        return _Verdict(REFUSED, f"refused version {version}: it serves already")
+    over = f" over {state.champion}" if state.champion else ""
+    because = f": {command.why}" if command.why else ""
+    return _Verdict(PROMOTED, f"promoted version {version}{over} by hand{because}", version)
+
+
+def _rollback(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+    if state.champion is None or state.previous is None:
+        return _Verdict(REFUSED, "refused to roll back: no version served before this one")
+    because = f": {command.why}" if command.why else ""
+    return _Verdict(ROLLED_BACK, f"rolled back version {state.champion} to {state.previous}{because}", state.previous)
+
+
+def _consider(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+    version = command.version
+    if not version:
+        return _Verdict(REFUSED, "refused to consider: the command names no version")
+    if reason := _settled(state, version):
+        return _Verdict(REFUSED, f"refused version {version}: {reason}")
+    if state.champion is None:
+        return _Verdict(PROMOTED, f"promoted version {version}: the first one serves without a comparison", version)
+    try:
+        evidence = Evidence.parse(command.evidence, policy)
+    except ValueError as error:
+        return _Verdict(REFUSED, f"refused version {version}: {error}")
+    return _compare(version, state.champion, evidence, policy)
+
+
+def _settled(state: RolloutState, version: str) -> str:
+    """Why there is nothing to consider; empty when there is."""
+    if version == state.champion:
+        return "it serves already"
+    if version in state.versions:
+        return "it has served before; promote it by hand to serve it again"
+    for decision in state.decisions:
+        if decision.version == version and decision.against == state.champion and decision.against is not None:
+            return f"it was compared with version {state.champion} already: {decision.sentence}"
+    return ""
+
+
+def _compare(version: str, champion: str, evidence: Evidence, policy: RolloutPolicy) -> _Verdict:
+    if evidence.champion != champion:
+        told = f"compared with version {evidence.champion}" if evidence.champion else "evaluated without a champion"
+        return _Verdict(REFUSED, f"refused version {version}: {told} but {champion} serves now: consider it again")
+    if evidence.n < policy.min_examples:
+        few = f"{evidence.n} newest examples are too few, {policy.min_examples} are needed"
+        return _Verdict(REFUSED, f"refused version {version}: {few}")
+    facts = (
+        f"log loss {_number(evidence.log_loss)} against {_number(evidence.champion_log_loss)} on {evidence.n} newest"
+        f" examples (difference {evidence.difference})"
+    )
+    if evidence.mean < policy.margin:
+        return _Verdict(PROMOTED, f"promoted version {version} over {champion}: {facts}", version, champion)
+    return _Verdict(REFUSED, f"refused version {version}, {champion} stays: {facts}", None, champion)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A paired comparison.
+
+    n : examples
+    mean : mean difference of clipped losses, challenger minus champion, nats
+    error : its standard error from the blocks' means; None with a single block
+    """
+
+    champion: str | None
+    log_loss: float
+    champion_log_loss: float
+    n: int
+    mean: float
+    error: float | None
+    blocks: int
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any] | None, policy: RolloutPolicy) -> Evidence:
+        """Checked evidence; raises ValueError saying what is wrong with it."""
+        if not isinstance(data, Mapping):
+            raise ValueError("the command carries no evidence")
+        champion = data.get("champion")
+        if champion is None:
+            return cls(None, 0.0, 0.0, 0, 0.0, None, 0)
+        blocks = data.get("blocks")
+        if not isinstance(blocks, Sequence) or not blocks or not all(isinstance(b, Mapping) for b in blocks):
+            raise ValueError("its evidence has no blocks")
+        counts = [_count(block) for block in blocks]
+        means = [_finite(block, "difference") for block in blocks]
+        if any(abs(mean) > policy.loss_cap for mean in means):
+            raise ValueError(f"its evidence has a difference beyond {policy.loss_cap:g}: the losses were not clipped")
+        mean, error = weighted(counts, means)
+        loss, champion_loss = _finite(data, "log_loss"), _finite(data, "champion_log_loss")
+        return cls(str(champion), loss, champion_loss, sum(counts), mean, error, len(blocks))
+
+    @property
+    def difference(self) -> str:
+        spread = f" +- {_number(self.error)}" if self.error is not None else ""
+        return f"{_number(self.mean)}{spread} over {self.blocks} hourly block{'s' if self.blocks > 1 else ''}"
+
+
+def weighted(counts: Sequence[int], means: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over all examples from the blocks' means, and its standard error with blocks as clusters.
+
+    >>> weighted([100, 100], [-0.01, -0.03])
+    (-0.02, 0.01)
+    """
+    total, number = sum(counts), len(counts)
+    mean = math.fsum(n * m for n, m in zip(counts, means, strict=True)) / total
+    if number < 2:
+        return mean, None
+    spread = math.fsum((n / total * (m - mean)) ** 2 for n, m in zip(counts, means, strict=True))
+    return mean, math.sqrt(spread * number / (number - 1))
+
+
+def _count(block: Mapping[str, Any]) -> int:
+    n = block.get("n")
+    if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < 2**53:
+        raise ValueError(f"its evidence has a block with n = {n!r}")
+    return n
+
+
+def _finite(data: Mapping[str, Any], name: str) -> float:
+    value = data.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise ValueError(f"its evidence has {name} = {value!r}, which is no finite number")
+    return float(value)
+
+
+def _integer(data: Mapping[str, Any] | None, name: str, default: int | None = None) -> int | None:
+    """A tag as an integer: the registry keeps tags as text."""
+    value = data.get(name) if isinstance(data, Mapping) else None
+    try:
+        return int(value) if value is not None else default
+    except (TypeError, ValueError, OverflowError):
+        return default
+
+
+def _number(value: float) -> str:
+    """Four decimals without the leading zero: `.4312`, `-.0079`."""
+    return f"{value:.4f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.4f}"

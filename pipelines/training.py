@@ -1,0 +1,243 @@
+"""The Horovod worker: `python -m pipelines.training JOB.json`, one process per rank, started by `penstock train`.
+
+Elastic: weights, optimizer and position are committed every few steps. When a rank dies or joins, all go back to the
+last commit, take rank 0's state, and share the rows that remain out anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from features.errors import PenstockError
+from pipelines import archive, net, quality
+from pipelines.job import Job, Recipe
+from pipelines.onnx_model import OnnxModel
+from pipelines.sampler import Sampler, Share
+
+COMMIT_STEPS = 25
+HALF_LIFE = 40_000  # examples after which half of a warm-started normaliser comes from newer data
+LARGEST_NORM = 1.0
+FIT, FINISH, DONE = "fit", "finish", "done"
+
+
+class Data:
+    """The examples a rank trains on: first those before the held-out part, then that part with replayed ones."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        examples = archive.load(job.files, job.inputs, job.range_from, job.cut)
+        self.examples = examples.take(slice(max(0, len(examples) - job.max_examples), None))
+        held_from = int(np.searchsorted(self.examples.label_time, job.cut - job.holdout))
+        self.fit, self.held = self.examples.take(slice(held_from)), self.examples.take(slice(held_from, None))
+        self.tensors = [torch.from_numpy(a).to(device) for a in (self.examples.numbers, self.examples.ids, self.examples.label)]
+        replayed = min(held_from, job.recipe.replay * len(self.held))
+        chosen = np.random.default_rng((job.seed, 1)).permutation(held_from)[:replayed]
+        held = np.arange(held_from, len(self.examples))
+        self._rows = {FIT: np.arange(held_from), FINISH: np.concatenate([chosen, held])}
+        self._samplers = {
+            FIT: Sampler(held_from, job.recipe.batch, job.recipe.epochs, job.seed),
+            FINISH: Sampler(len(self._rows[FINISH]), job.recipe.batch, 1, job.seed + 1),
+        }
+
+    def phase(self, name: str) -> tuple[np.ndarray[Any, Any], Sampler]:
+        """Rows of a phase and who shares them out."""
+        return self._rows[name], self._samplers[name]
+
+
+def learning_rate(recipe: Recipe, base: float, progress: float, world: int) -> float:
+    """Rate of a step: a warm-up to `base` times the ranks (linear scaling, Goyal et al. 2017, section 2), then a cosine.
+
+    `progress` (0 .. 1) counts examples, so ranks that come or go change the scale and nothing else.
+    """
+    rise = min(1.0, 0.1 + progress / recipe.warm_up)
+    return base * world * rise * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: net.Net, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW whose state exists from the start: a rank that joins must not take the step, with weight decay, by which
+    Horovod would otherwise create it."""
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.dim() > 1 and not name.startswith("tables.")]
+    others = [p for name, p in named if p.dim() <= 1 or name.startswith("tables.")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
+
+
+class Worker:
+    """One rank of a job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        cuda = torch.cuda.is_available() and hvd.nccl_built()
+        self.device = torch.device("cuda", hvd.rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        torch.manual_seed(job.seed)
+        self.model = net.Net(job.inputs).to(self.device)
+        self.optimizer = make_optimizer(self.model, job.recipe.weight_decay)
+        self.started = time.monotonic()
+        self.state = hvd.elastic.TorchState(
+            model=self.model,
+            optimizer=self.optimizer,
+            files=job.files,
+            phase=FIT,
+            position=0,
+            prepared=False,
+            evaluation={},
+            steps=(),
+        )
+        self._data: Data | None = None
+        self._log = open(Path(job.row_log) / f"{os.getpid()}.jsonl", "w", buffering=1) if job.row_log else None
+
+    @property
+    def data(self) -> Data:
+        """Read once, by rank 0's list of files."""
+        if self._data is None:
+            self._data = Data(replace(self.job, files=self.state.files), self.device)
+        return self._data
+
+    def train(self, state: Any) -> None:
+        """From the synchronised state to the end; Horovod calls it again after ranks came or went."""
+        self.run = hvd.broadcast_object(uuid.uuid4().hex[:8], name="run")
+        if not state.prepared:
+            self._prepare()
+            state.prepared = True
+            state.commit()
+        if state.phase == FIT:
+            self._pass(FIT, self.job.recipe.rate)
+            state.evaluation = hvd.broadcast_object(self._evaluate() if hvd.rank() == 0 else None, name="evaluation")
+            state.phase, state.position = FINISH, 0
+            state.commit()
+        if state.phase == FINISH:
+            self._pass(FINISH, self.job.recipe.finish_rate)
+            state.phase = DONE
+            state.commit()
+        if hvd.rank() == 0:
+            self._write_result()
+        hvd.broadcast_object(None, name="written")  # a rank 0 that dies while it writes is noticed here, and another one writes
+
+    def _prepare(self) -> None:
+        """The weights and the normaliser to start from, the same on every rank."""
+        champion = self.job.champion
+        if champion and self.job.warm_start:
+            net.load_weights(self.model, Path(champion.folder))
+            newer = self.data.examples.between(champion.cut, self.job.cut - self.job.holdout).numbers
+            self.model.normaliser.fit(newer, 1 - 0.5 ** (len(newer) / HALF_LIFE))
+        else:
+            self.model.normaliser.fit(self.data.fit.numbers)
+
+    def _pass(self, phase: str, base: float) -> None:
+        """The steps of a phase that are left."""
+        state, (rows, sampler) = self.state, self.data.phase(phase)
+        rank, world = hvd.rank(), hvd.size()
+        epoch, steps = -1, 0
+        self.model.train()
+        while state.position < sampler.length:
+            at, start, end = sampler.step(state.position, world)
+            if at != epoch:
+                epoch, order = at, rows[sampler.order(at)]
+                if rank == 0:
+                    say(f"{phase}, epoch {epoch + 1} of {sampler.epochs}: {len(order) - start} examples on {world} ranks")
+            share = sampler.share(order, start, end, rank, world)
+            torch.manual_seed(hash((self.job.seed, len(phase), state.position, rank)))
+            self._step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
+            self._record(f"{self.run} {phase} {epoch} {start}", share)
+            state.position += end - start
+            steps += 1
+            if steps % COMMIT_STEPS == 0:
+                state.commit()
+
+    def _step(self, share: Share, rate: float) -> None:
+        """One update by the mean gradient over the rows that count, of all ranks."""
+        rows = torch.from_numpy(share.rows).to(self.device)
+        weights = torch.from_numpy(share.weights).to(self.device)
+        numbers, ids, label = (t[rows] for t in self.data.tensors)
+        self.optimizer.zero_grad()
+        loss = binary_cross_entropy_with_logits(self.model(numbers, ids), label, weight=weights, reduction="sum")
+        (loss / share.total).backward()
+        hvd.grouped_allreduce_([p.grad for p in self.model.parameters()], op=hvd.Sum, name="gradients")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _record(self, step: str, share: Share) -> None:
+        """Note this rank's rows of a step, and in the committed state that the step counts."""
+        if self._log:
+            taken = share.rows[share.weights > 0]
+            self._log.write(json.dumps({"step": step, "rows": self.data.examples.request_id[taken].tolist()}) + "\n")
+            self.state.steps = (*self.state.steps, step)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Challenger and champion on the held-out part, which neither has trained on."""
+        held, champion = self.data.held, self.job.champion
+        found: dict[str, Any] = {"examples": len(held), "champion": champion.version if champion else None, "blocks": []}
+        found |= _measures("", held.label, self.model.score(held.numbers, held.ids))
+        if champion:
+            model = OnnxModel.load(Path(champion.folder), champion.version)
+            same = archive.load(self.state.files, model.inputs, self.job.cut - self.job.holdout, self.job.cut)
+            same = same.take(slice(len(same) - len(held), None))
+            score = model.score(same.numbers, same.ids)
+            found |= _measures("champion_", held.label, score)
+            found["blocks"] = quality.paired_blocks(held.event_time, held.label, self.model.score(held.numbers, held.ids), score)
+        return found
+
+    def _write_result(self) -> None:
+        """The version's files; result.json last, so that it vouches for the others."""
+        folder, examples = Path(self.job.result), self.data.examples
+        last = slice(-net.EXAMPLE_ROWS, None)
+        net.export(self.model, folder, self.job.inputs, examples.numbers[last], examples.ids[last])
+        net.write(folder / "evaluation.json", json.dumps(self.state.evaluation).encode())
+        result = {
+            "examples": len(examples),
+            "range_from": int(examples.label_time[0]),
+            "latest_label_time": int(examples.label_time[-1]),
+            "seconds": round(time.monotonic() - self.started, 2),
+            "ranks": hvd.size(),
+            "steps": list(self.state.steps),
+        }
+        net.write(folder / "result.json", json.dumps(result).encode())
+
+
+def _measures(prefix: str, label: archive.Floats, score: archive.Floats) -> dict[str, float | None]:
+    """Log loss and AUC; None where there is nothing to measure."""
+    return {
+        f"{prefix}log_loss": quality.log_loss(label, score) if len(label) else None,
+        f"{prefix}auc": quality.auc(label, score),
+    }
+
+
+def say(text: str) -> None:
+    """A progress line of rank 0."""
+    print(f"train: {text}", flush=True)
+
+
+def main() -> None:
+    """Entry point of a rank."""
+    torch.set_num_threads(1)
+    hvd.init()
+    try:
+        worker = Worker(Job.load(Path(sys.argv[1])))
+        hvd.elastic.run(lambda state: worker.train(state))(worker.state)
+    except PenstockError as error:
+        sys.exit(f"penstock: {error}")
+
+
+if __name__ == "__main__":
+    main()

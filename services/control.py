@@ -1,0 +1,124 @@
+"""What the controller decided, mirrored into MLflow for people to see. `<uc>.models` stays the truth."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import structlog
+
+from features.errors import InputError
+from pipelines.broker import Message
+from pipelines.control import STATE_KEY
+from services import wiring
+from services.settings import Settings
+from services.topic_reader import Newest
+
+ALIAS = "champion"
+PAUSES_S = (0.5, 30.0)
+log = structlog.get_logger()
+Fact = tuple[str, str, str]  # version, key, value
+
+
+class Registry(Protocol):
+    """What the mirror needs of the model registry."""
+
+    def set_alias(self, name: str, alias: str, version: str) -> None: ...
+
+    def tag(self, name: str, version: str, key: str, value: str) -> None: ...
+
+
+def facts(state: Mapping[str, Any]) -> Iterator[Fact]:
+    """What a state says of its versions, as tags; the newest decision on a version counts."""
+    champion = state["roles"]["champion"]
+    newest = {d["version"]: d for d in state["decisions"] if d["version"] is not None}
+    for version, decision in newest.items():
+        yield version, "decision", decision["sentence"]
+        yield version, "role", "champion" if version == champion else _role(state, version)
+
+
+def _role(state: Mapping[str, Any], version: str) -> str:
+    served = state["versions"].get(version)
+    if served is None:
+        return "refused"
+    return "rolled_back" if "rolled_back" in served else "retired"
+
+
+def mirror(registry: Registry, name: str, state: Mapping[str, Any], done: set[Fact] | None = None) -> None:
+    """Set aliases and tags as the state has them, and again changes nothing.
+
+    `done` is what has been set already; it is not set again. A version that the registry doesn't know is skipped.
+    """
+    done = set() if done is None else done
+    champion = state["roles"]["champion"]
+    wanted = [*facts(state), *([(champion, ALIAS, "")] if champion else [])]
+    for fact in wanted:
+        version, key, value = fact
+        if fact in done:
+            continue
+        try:
+            registry.set_alias(name, ALIAS, version) if key == ALIAS else registry.tag(name, version, key, value)
+        except InputError as error:
+            log.warning("not mirrored", model=name, version=version, error=str(error))
+        done -= {old for old in done if old[1] == key and (key == ALIAS or old[0] == version)}
+        done.add(fact)
+
+
+class Mirror:
+    """Mirrors each newest state on a thread of its own, until MLflow has it: control never waits for MLflow.
+
+    Called with the messages of a commit. At its start it mirrors the state that is there.
+    """
+
+    def __init__(self, settings: Settings, use_case_name: str, registry: Registry | None = None) -> None:
+        self._settings, self._name, self._topic = settings, use_case_name, f"{use_case_name}.models"
+        self._registry: Registry = registry or wiring.registry(settings)
+        self._state: Mapping[str, Any] | None = None
+        self._changed, self._stop = threading.Event(), threading.Event()
+        self._done: set[Fact] = set()
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread.start()
+
+    def __call__(self, outputs: Sequence[Message]) -> None:
+        for message in outputs:
+            if message.topic == self._topic and message.key == STATE_KEY and message.value is not None:
+                self._state = json.loads(message.value)
+                self._changed.set()
+
+    def close(self) -> None:
+        """Stop; what is not mirrored yet is at the next start."""
+        self._stop.set()
+        self._changed.set()
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        pause, read = PAUSES_S[0], False
+        while not self._stop.is_set():
+            try:
+                if not read:
+                    self._read()
+                    read = True
+                self._mirror()
+            except Exception as error:  # whatever MLflow or its client does, control goes on and this tries again
+                log.warning("not mirrored to MLflow, trying again", use_case=self._name, error=str(error))
+                self._stop.wait(pause)
+                pause = min(2 * pause, PAUSES_S[1])
+            else:
+                pause = PAUSES_S[0]
+                self._changed.wait()
+
+    def _read(self) -> None:
+        models = Newest(wiring.broker(self._settings), self._topic)
+        try:
+            state = models.read().get(STATE_KEY)
+        finally:
+            models.close()
+        if self._state is None:
+            self._state = state
+
+    def _mirror(self) -> None:
+        self._changed.clear()
+        if self._state is not None:
+            mirror(self._registry, self._name, self._state, self._done)

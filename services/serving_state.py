@@ -1,0 +1,234 @@
+"""What serves: the newest state in `<uc>.models`, and the model it names, loaded and swapped in."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from features.errors import PenstockError, UnavailableError
+from features.usecase import ModelInputs, UseCase
+from features.vectors import Vectorizer
+from pipelines.broker import Broker, Consumer, Record
+from pipelines.onnx_model import OnnxModel
+
+log = structlog.get_logger()
+STATE_KEY = b"state"
+PRIOR = "prior"
+POLL_S = 0.5
+
+
+class Model(Protocol):
+    """What scores: a version, or the prior."""
+
+    version: str
+    inputs: ModelInputs
+
+    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Probabilities [n]."""
+
+
+class Prior:
+    """The answer before the first version: the use case's prior for everyone."""
+
+    version = PRIOR
+    inputs = ModelInputs(())
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return np.full(len(numbers), self.value)
+
+
+class ModelSlot:
+    """The model that answers; a swap is one assignment, so a batch sees one model from start to end."""
+
+    def __init__(self, model: Model) -> None:
+        self.current = model
+
+    def swap(self, model: Model) -> None:
+        self.current = model
+
+
+class State(msgspec.Struct):
+    """The part of a `<uc>.models` state that serving needs."""
+
+    generation: int
+    roles: dict[str, str | None]
+
+
+@dataclass
+class Status:
+    """What the follower has done so far.
+
+    generation : newest one applied: its champion was swapped in, or refused
+    seen : newest one read
+    refused : version -> why it does not serve
+    problem : why the newest generation is not applied yet
+    caught_up : everything that was in the topic at the start has been applied
+    """
+
+    generation: int | None = None
+    seen: int | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+    caught_up: bool = False
+
+
+class ServingState:
+    """The thread that follows `<uc>.models`.
+
+    fetch : version -> folder with its files; UnavailableError (and anything that is no PenstockError) is tried again
+    pauses : first and longest pause between tries, seconds
+    """
+
+    def __init__(
+        self,
+        use_case: UseCase,
+        broker: Broker,
+        slot: ModelSlot,
+        fetch: Callable[[str], Path],
+        *,
+        pauses: tuple[float, float] = (0.2, 10.0),
+    ) -> None:
+        self.status = Status()
+        self._use_case, self._broker, self._slot, self._fetch = (use_case, broker, slot, fetch)
+        self._vectorizer = Vectorizer(use_case)
+        self._pauses, self._pause, self._retry_at = pauses, pauses[0], 0.0
+        self._newest: State | None = None
+        self._stop = threading.Event()
+        self._caught_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="serving-state", daemon=True)
+
+    def start(self) -> ServingState:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def wait_caught_up(self, timeout: float) -> bool:
+        """Wait until the state that was there at the start serves; False when it takes longer."""
+        return self._caught_up.wait(timeout)
+
+    def _run(self) -> None:
+        pause = self._pauses[0]
+        while not self._stop.is_set():
+            try:
+                self._follow()
+            except Exception as error:  # the model at hand goes on serving
+                if not self.status.problem:
+                    log.warning("serving state can't be read, trying again", error=str(error))
+                self.status.problem = f"the serving state can't be read: {error}"
+                self._stop.wait(pause)
+                pause = min(2 * pause, self._pauses[1])
+            else:
+                pause = self._pauses[0]
+
+    def _follow(self) -> None:
+        consumer = self._broker.consumer([self._use_case.topic("models")])
+        try:
+            while not self._stop.is_set():
+                timeout = POLL_S if self._is_applied() else min(POLL_S, max(0.02, self._retry_at - time.monotonic()))
+                records = consumer.poll(timeout)
+                for record in records:
+                    self._read(record)
+                if not records and self._at_end(consumer):
+                    self._apply()
+        finally:
+            consumer.close()
+
+    def _at_end(self, consumer: Consumer) -> bool:
+        partitions = consumer.assignment()
+        return bool(partitions) and all(consumer.at_end(p) for p in partitions)
+
+    def _read(self, record: Record) -> None:
+        if record.key != STATE_KEY or record.value is None:
+            return
+        try:
+            state = msgspec.json.decode(record.value, type=State)
+        except msgspec.DecodeError as error:
+            log.error("a serving state can't be read and is skipped", offset=record.offset, error=str(error))
+            return
+        if self.status.seen is None or state.generation >= self.status.seen:
+            self._newest, self.status.seen = state, state.generation
+            self._pause, self._retry_at = self._pauses[0], 0.0
+
+    def _is_applied(self) -> bool:
+        return self.status.caught_up and self.status.generation == self.status.seen
+
+    def _apply(self) -> None:
+        """Make the newest state the one that serves, unless it is or its next try is not due."""
+        if self._is_applied():
+            self.status.problem = ""
+            return
+        if time.monotonic() < self._retry_at:
+            return
+        state = self._newest
+        if state is not None:
+            try:
+                self._serve(state.roles.get("champion"))
+            except UnavailableError as error:
+                self._try_later(error)
+                return
+            self.status.generation = state.generation
+        self.status.problem = ""
+        self.status.caught_up = True
+        self._caught_up.set()
+
+    def _serve(self, version: str | None) -> None:
+        """Load and swap in a version (None: the prior); one that is refused leaves the old one serving."""
+        if version is None:
+            self._slot.swap(Prior(self._use_case.prior))
+        elif version != self._slot.current.version and version not in self.status.refused:
+            try:
+                model = self._load(version)
+            except UnavailableError:
+                raise
+            except PenstockError as error:
+                log.error("version refused, the one before it goes on", version=version, error=str(error))
+                self.status.refused[version] = str(error)
+                return
+            self._slot.swap(model)
+            log.info("version serves", version=version)
+
+    def _load(self, version: str) -> OnnxModel:
+        try:
+            folder = self._fetch(version)
+        except PenstockError:
+            raise
+        except Exception as error:  # a registry's client has errors of many kinds; none says that a version is bad
+            raise UnavailableError(f"version {version} can't be fetched: {error}") from error
+        model = OnnxModel.load(folder, version)
+        self._vectorizer.check(model.inputs)
+        return model
+
+    def _try_later(self, error: PenstockError) -> None:
+        if not self.status.problem:
+            log.warning("version can't be fetched, trying again", error=str(error))
+        self.status.problem = str(error)
+        self._retry_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, self._pauses[1])
+
+    def report(self) -> dict[str, Any]:
+        """For `/readyz`."""
+        status = self.status
+        report: dict[str, Any] = {
+            "ready": status.caught_up,
+            "generation": status.generation,
+            "champion": self._slot.current.version,
+            "refused": dict(status.refused),
+        }
+        waiting = "" if status.caught_up else f"{self._use_case.topic('models')} is not read to its end yet"
+        problem = status.problem or waiting
+        return report | ({"problem": problem} if problem else {})

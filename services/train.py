@@ -1,0 +1,189 @@
+"""`penstock train`: a retrain up to the newest cut, evaluated and registered. What the retrain DAG calls."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from features.errors import PenstockError
+from features.usecase import ModelInputs, UseCase, load
+from pipelines.broker import Broker
+from pipelines.job import Champion, Job, Recipe
+from pipelines.registry import Registry, Version
+from services import wiring
+from services.progress import iso
+from services.ranks import run_ranks
+from services.settings import ROOT, Settings
+from services.topic_reader import Newest, read_all
+
+LONGEST_HOLDOUT = timedelta(days=1)
+MEASURES = ("log_loss", "auc", "champion_log_loss", "champion_auc")
+MS = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run of `penstock train` led to.
+
+    version : the version of the newest cut that still waits to be considered; None when there is nothing to do
+    cut : that cut (epoch ms)
+    text : the same for a reader
+    metrics : log loss and AUC on the held-out part, examples, seconds
+    """
+
+    version: str | None
+    cut: int | None
+    text: str
+    metrics: dict[str, float] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(settings: Settings, name: str, ranks: int) -> TrainResult:
+    """Train, evaluate and register the version of the newest cut, unless it is there or there is too little to learn.
+
+    Any number of calls, after a crash too, register one version per cut.
+    """
+    use_case, broker, registry = load(name), wiring.broker(settings), wiring.registry(settings)
+    home = settings.home / "train"
+    with _alone(home, name):
+        cut, total = newest_cut(broker, use_case)
+        if cut is None:
+            return TrainResult(None, None, f"{name}: no cut has been announced yet, nothing to train")
+        state = _state(broker, use_case)
+        versions = registry.versions(name)
+        if same := [v for v in versions if v.tags.get("cut") == str(cut)]:
+            return _already(name, cut, same[-1], state)
+        if not versions and total < use_case.min_examples:
+            few = f"{total:,} examples before the cut {iso(cut)}, the first version waits for {use_case.min_examples:,}"
+            return TrainResult(None, cut, f"{name}: {few}")
+        folder = home / f"{name}-{cut}"
+        job = _job(settings, use_case, broker, registry, state, cut, folder)
+        result = _run(job, folder, ranks)
+        made = _register(registry, use_case, job, result)
+        shutil.rmtree(folder)
+    return made
+
+
+def newest_cut(broker: Broker, use_case: UseCase) -> tuple[int | None, int]:
+    """The newest cut that every partition has announced, and how many examples there are before it."""
+    totals: dict[int, dict[int, int]] = defaultdict(dict)
+    for record in read_all(broker, use_case.topic("cuts")):
+        if record.value is not None:
+            value = json.loads(record.value)
+            totals[int(value["cut"])][record.partition] = int(value["total"])
+    announced = [cut for cut, partitions in totals.items() if len(partitions) == use_case.partitions]
+    return (max(announced), sum(totals[max(announced)].values())) if announced else (None, 0)
+
+
+def _state(broker: Broker, use_case: UseCase) -> dict[str, Any]:
+    """The newest `<uc>.models` state; empty before the first."""
+    newest = Newest(broker, use_case.topic("models"))
+    try:
+        return dict(newest.read().get(b"state") or {})
+    finally:
+        newest.close()
+
+
+def _already(name: str, cut: int, version: Version, state: dict[str, Any]) -> TrainResult:
+    decided = any(d["version"] == version.version for d in state.get("decisions", []))
+    waits = "decided on" if decided else "waiting to be considered"
+    text = f"{name}: no new cut, version {version.version} has learned up to {iso(cut)} and is {waits}"
+    return TrainResult(None if decided else version.version, cut, text)
+
+
+def _job(
+    settings: Settings, use_case: UseCase, broker: Broker, registry: Registry, state: dict[str, Any], cut: int, folder: Path
+) -> Job:
+    """The job of a cut, with the champion it starts from."""
+    from pipelines.checkpoint import listed_files
+
+    champion = None
+    if version := state.get("roles", {}).get("champion"):
+        files = registry.download(use_case.name, version, folder.parent / f"{use_case.name}-versions")
+        champion = Champion(version, str(files), int(state["versions"][version]["cut"]))
+    inputs = use_case.inputs
+    warm = champion is not None and _inputs_of(champion) == inputs
+    return Job(
+        files=tuple(listed_files(settings.state_url, use_case.name, "joiner", "examples", broker)),
+        inputs=inputs,
+        result=str(folder / "result"),
+        cut=cut,
+        holdout=min(LONGEST_HOLDOUT, use_case.retrain_every) // MS,
+        champion=champion,
+        warm_start=warm,
+        recipe=Recipe.warm() if warm else Recipe.from_scratch(),
+        seed=cut // 1000 % 2**31,
+    )
+
+
+def _inputs_of(champion: Champion) -> ModelInputs:
+    return ModelInputs.from_json(json.loads((Path(champion.folder) / "inputs.json").read_bytes()))
+
+
+def _run(job: Job, folder: Path, ranks: int) -> dict[str, Any]:
+    """Run the ranks, unless this very job has a complete result from before a crash."""
+    file, done = folder / "job.json", Path(job.result) / "result.json"
+    if done.exists() and Job.load(file) == job:
+        return dict(json.loads(done.read_bytes()))
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(job.result).mkdir(parents=True)
+    job.save(file)
+    started = time.monotonic()
+    run_ranks("pipelines.training", file, ranks, folder, done)
+    return {**json.loads(done.read_bytes()), "seconds": round(time.monotonic() - started, 1)}
+
+
+def _register(registry: Registry, use_case: UseCase, job: Job, result: dict[str, Any]) -> TrainResult:
+    """Register the job's result as the cut's version."""
+    name, folder = use_case.name, Path(job.result)
+    evaluation = json.loads((folder / "evaluation.json").read_bytes())
+    metrics = {key: float(evaluation[key]) for key in MEASURES if evaluation.get(key) is not None}
+    metrics |= {"examples": float(result["examples"]), "training_s": result["seconds"]}
+    tags = {key: str(result[key]) for key in ("range_from", "latest_label_time", "examples")}
+    tags |= {"cut": str(job.cut), "code_version": code_version()}
+    tags["warm_start"] = job.champion.version if job.champion and job.warm_start else ""
+    version = registry.register(name, folder, metrics, tags)
+    text = f"{name}: version {version} has learned {result['examples']:,} examples up to {iso(job.cut)}"
+    if "log_loss" in metrics:
+        text += f"; held-out log loss {metrics['log_loss']:.4f}"
+    if "champion_log_loss" in metrics:
+        text += f" (champion {evaluation['champion']}: {metrics['champion_log_loss']:.4f})"
+    return TrainResult(version, job.cut, f"{text}; {result['seconds']:.0f} s", metrics)
+
+
+def code_version() -> str:
+    """The commit this code is of, or the package's version outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--tags"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return importlib.metadata.version("penstock")
+
+
+@contextmanager
+def _alone(home: Path, name: str) -> Iterator[None]:
+    """One training of a use case at a time; a second one waits, and then finds the version of the first."""
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / f"{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{name}: another training runs, waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

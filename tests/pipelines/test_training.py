@@ -1,0 +1,141 @@
+"""Real Horovod jobs on this machine's gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from features.errors import PenstockError
+from pipelines import archive
+from pipelines.job import Champion, Job, Recipe
+from pipelines.onnx_model import OnnxModel
+from services.ranks import run_ranks
+from tests.archive_files import DAY, INPUTS, START, write_archive
+
+pytestmark = pytest.mark.integration
+CUT = START + 10 * DAY
+DEADLINE_S = 90.0
+
+
+def make_job(folder: Path, rows: int, **changes: object) -> Job:
+    (folder / "rows").mkdir(parents=True)
+    files = write_archive(folder / "archive", rows)
+    recipe = Recipe(epochs=2, batch=32)
+    job = Job(tuple(files), INPUTS, str(folder / "result"), CUT, recipe=recipe, row_log=str(folder / "rows"), seed=5)
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def run(folder: Path, job: Job, ranks: int = 2) -> dict[str, object]:
+    job.save(folder / "job.json")
+    run_ranks("pipelines.training", folder / "job.json", ranks, folder, Path(job.result) / "result.json")
+    return json.loads((Path(job.result) / "result.json").read_text())
+
+
+def counted_rows(job: Job, result: dict[str, object]) -> dict[tuple[str, str], Counter[str]]:
+    """How often each row counted, by phase and epoch: the rows that ranks took in steps that were committed."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    committed = set(result["steps"])
+    for file in Path(job.row_log).iterdir():
+        for line in file.read_text().splitlines():
+            taken = json.loads(line)
+            if taken["step"] in committed:
+                _, phase, epoch, _ = taken["step"].split()
+                counts.setdefault((phase, epoch), Counter()).update(taken["rows"])
+    return counts
+
+
+def assert_each_row_counts_once(job: Job, result: dict[str, object]) -> None:
+    examples = archive.load(job.files, job.inputs, job.range_from, job.cut)
+    fit = {str(r) for r in examples.between(0, CUT - DAY).request_id}
+    held = {str(r) for r in examples.between(CUT - DAY, CUT).request_id}
+    counts = counted_rows(job, result)
+    for epoch in ("0", "1"):
+        assert counts["fit", epoch] == Counter(fit)
+    last = counts["finish", "0"]
+    assert set(last.values()) == {1} and held <= set(last)
+    assert len(last) == len(held) + min(len(fit), 4 * len(held))
+
+
+def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
+    """Once both ranks have taken some steps, one is killed with SIGKILL."""
+
+    def strike() -> None:
+        give_up = time.monotonic() + DEADLINE_S
+        while time.monotonic() < give_up:
+            files = sorted(Path(job.row_log).glob("*.jsonl"))
+            if len(files) == 2 and min(f.read_text().count("\n") for f in files) >= after_lines:
+                os.kill(int(files[which].stem), signal.SIGKILL)
+                return
+            threading.Event().wait(0.02)
+        raise AssertionError("the ranks took no steps to be interrupted in")
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    return thread
+
+
+def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 3000)
+    result = run(tmp_path, job)
+    assert_each_row_counts_once(job, result)
+    evaluation = json.loads((tmp_path / "result/evaluation.json").read_text())
+    assert evaluation["champion"] is None and evaluation["blocks"] == []
+    assert evaluation["auc"] > 0.75
+    model = OnnxModel.load(tmp_path / "result", "1")
+    assert model.inputs == INPUTS
+    assert result["ranks"] == 2 and result["examples"] == 3000
+    assert CUT - DAY < result["latest_label_time"] < CUT  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_rank_loses_and_doubles_nothing(tmp_path: Path, which: int) -> None:
+    job = make_job(tmp_path, 40_000)
+    thread = kill_a_rank(job, which, after_lines=60)
+    result = run(tmp_path, job)
+    thread.join()
+    runs = {step.split()[0] for step in result["steps"]}  # type: ignore[attr-defined]
+    assert len(runs) > 1, "the kill came too late to matter"
+    assert_each_row_counts_once(job, result)
+
+
+def test_warm_start_continues_the_champion_and_compares_with_it(tmp_path: Path) -> None:
+    first = make_job(tmp_path / "first", 3000, cut=CUT - 3 * DAY)
+    run(tmp_path / "first", first, ranks=1)
+    champion = Champion("1", first.result, first.cut)
+    none = Recipe(epochs=0, rate=0.0, finish_rate=0.0, batch=32)
+    second = make_job(tmp_path / "second", 3000, champion=champion, warm_start=True, recipe=none)
+    run(tmp_path / "second", second, ranks=1)
+    evaluation = json.loads((tmp_path / "second/result/evaluation.json").read_text())
+    assert evaluation["champion"] == "1"
+    assert evaluation["auc"] == pytest.approx(evaluation["champion_auc"], abs=0.01)
+    assert sum(b["n"] for b in evaluation["blocks"]) == evaluation["examples"]
+    assert all(abs(b["difference"]) < 0.05 for b in evaluation["blocks"])
+
+
+def test_the_same_job_gives_the_same_model(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 1500)
+    numbers, ids = np.ones((4, 3), np.float32), np.ones((4, 2), np.int64)
+    scores = []
+    for _ in range(2):
+        run(tmp_path, job, ranks=1)
+        scores.append(OnnxModel.load(tmp_path / "result", "1").score(numbers, ids))
+        (tmp_path / "result/result.json").unlink()
+    assert np.array_equal(*scores)
+
+
+def test_a_failed_job_says_why_and_leaves_no_process(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 1000, files=(str(tmp_path / "missing.parquet"),))
+    with pytest.raises(PenstockError, match=r"missing\.parquet"):
+        run(tmp_path, job)
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    assert left == []
