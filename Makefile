@@ -1,6 +1,9 @@
 PENSTOCK := .venv/bin/penstock
 BIN := .venv/bin
 export PYTHONPATH :=
+# ONNX Runtime and matplotlib write to the home folder unless they are told otherwise.
+export ORT_DISABLE_TELEMETRY := 1
+export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 
 .PHONY: setup lock demo test soak clean
 

@@ -54,9 +54,12 @@ class Engine:
         if event.applied == event.time:
             return False
         times = np.array([event.time], np.int64)
-        mine = [n for n, c in self.source.items() if c.name == event.contract and n not in self.timer_of]
-        heard = any(event.contract in timers.rule.events for timers in self.timers.values())
-        return not heard and all(self.windows[n].expiry(times).max() <= event.applied + 1 for n in mine)
+        reading = [w for name, w in self.windows.items() if event.contract in self._read_by(name)]
+        return all(w.expiry(times).max() <= event.applied + 1 for w in reading)
+
+    def _read_by(self, view: str) -> tuple[str, ...]:
+        """Names of the contracts whose events reach a view."""
+        return self.timers[self.timer_of[view]].rule.events if view in self.timer_of else (self.source[view].name,)
 
     def advance(self, events: Sequence[Applied], watermark: int) -> dict[str, ViewRows]:
         """View name -> changed rows, ordered by (key, time)."""

@@ -194,6 +194,8 @@ views = (
     *overdue_views,
 )
 
+globals().update({view.name: view for view in views})  # Feast's command line finds objects by module attribute
+
 asked = RequestSource(
     name="flights_request",
     schema=[
@@ -280,6 +282,8 @@ numbers = tuple(
     if name not in NOT_NUMBERS
 )
 
+flights_v1 = FeatureService(name="flights_v1", features=[*views, trip_now])
+
 use_case = UseCase(
     name="flights",
     contracts=(scheduled, departed, arrived, weather),
@@ -288,7 +292,7 @@ use_case = UseCase(
     derive=lambda row: {"dep_slot": row["sched_dep"] // HOUR, "arr_slot": row["sched_arr"] // HOUR},
     views=views,
     on_demand=(trip_now,),
-    service=FeatureService(name="flights_v1", features=[*views, trip_now]),
+    service=flights_v1,
     timers=dict.fromkeys(OVERDUE, TimerRule(("scheduled", "departed"), overdue_timers)),
     label=Label("arrived", "flight_id", lambda arrival: float(arrival.arr_delay > LATE), wait=timedelta(hours=36)),
     inputs=ModelInputs(

@@ -71,12 +71,15 @@ def load(files: Sequence[str], inputs: ModelInputs, from_ms: int, until_ms: int)
     """
     parts = [part for file in files if len(part := _load_file(file, inputs, from_ms, until_ms))]
     if not parts:
-        return _columns(pa.table({c: pa.array([], t) for c, t in _EMPTY}), ModelInputs((), ()), inputs)
+        return _none(inputs)
     whole = Examples(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Examples)))
     return whole.take(np.lexsort((whole.request_id, whole.label_time)))
 
 
-_EMPTY = tuple(zip(OWN_COLUMNS, (pa.string(), pa.int64(), pa.float64(), pa.int64(), pa.float64(), pa.string()), strict=True))
+def _none(inputs: ModelInputs) -> Examples:
+    numbers, ids = np.empty((0, len(inputs.numbers)), np.float32), np.empty((0, len(inputs.categories)), np.int64)
+    times, floats, texts = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, object)
+    return Examples(numbers, ids, floats, times, times, texts, floats, texts)
 
 
 def _load_file(file: str, inputs: ModelInputs, from_ms: int, until_ms: int) -> Examples:
@@ -90,15 +93,15 @@ def _load_file(file: str, inputs: ModelInputs, from_ms: int, until_ms: int) -> E
     except (OSError, pa.ArrowException) as error:
         raise StateError(f"archive file {file} can't be read: {error}") from error
     times = pc.field("label_time")
-    return _columns(table.filter((times >= from_ms) & (times < until_ms)), inputs, inputs)
+    return _columns(table.filter((times >= from_ms) & (times < until_ms)), inputs)
 
 
-def _columns(table: pa.Table, inputs: ModelInputs, shape: ModelInputs) -> Examples:
+def _columns(table: pa.Table, inputs: ModelInputs) -> Examples:
     n = table.num_rows
-    numbers = np.empty((n, len(shape.numbers)), np.float32)
+    numbers = np.empty((n, len(inputs.numbers)), np.float32)
     for i, name in enumerate(inputs.numbers):
         numbers[:, i] = _number(table[name])
-    ids = np.empty((n, len(shape.categories)), np.int64)
+    ids = np.empty((n, len(inputs.categories)), np.int64)
     for i, category in enumerate(inputs.categories):
         ids[:, i] = _bucketed(table[category.name], category)
     return Examples(
@@ -125,4 +128,4 @@ def _bucketed(column: pa.ChunkedArray, category: Category) -> npt.NDArray[np.int
     """As `features.vectors.encode` hashes, but each distinct value once."""
     coded = column.combine_chunks().dictionary_encode(null_encoding="encode")
     hashes = [zlib.crc32(f"{category.name}={v}".encode()) % category.buckets for v in coded.dictionary.to_pylist()]
-    return np.asarray(hashes, np.int64)[coded.indices.to_numpy()] if len(column) else np.empty(0, np.int64)
+    return np.asarray(np.take(hashes, coded.indices.to_numpy()), np.int64)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kafka import AsyncConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka import errors as kafka_errors
-from kafka.coordinator.assignors.range import RangePartitionAssignor
-from kafka.future import Future
-from kafka.structs import OffsetAndMetadata
-
 from features.errors import ConfigError, FencedError, InputError, PenstockError, UnavailableError
 from pipelines.broker import Consumer, Message, Position, Producer, Record
 from pipelines.broker import TopicPartition as Partition
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".*_text is deprecated", DeprecationWarning)  # how kafka-python reads its schemas
+    from kafka import AsyncConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+    from kafka import errors as kafka_errors
+    from kafka.coordinator.assignors.range import RangePartitionAssignor
+    from kafka.future import Future
+    from kafka.structs import OffsetAndMetadata
 
 BOOTSTRAP_S = 10.0
 ANSWER_S = 30.0

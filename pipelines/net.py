@@ -1,4 +1,4 @@
-"""The model: hashed embeddings and normalised numbers into a small MLP; missing values, scaling and all in one graph."""
+"""The model: hashed embeddings and normalised numbers into a small MLP, from raw inputs to scores in one graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLE_ROWS = 8
 
 
 class Normaliser(nn.Module):
-    """Raw numbers [n, F] with NaN -> [n, 2F]: signed log1p, standardised, clipped at 5; then flags of what is missing."""
+    """Numbers [n, F] with NaN -> [n, 2F]: signed log1p, standardised, clipped at 5; then flags of what is missing."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -128,7 +128,8 @@ def export(
     net = net.cpu().eval()
     numbers, ids = numbers[:EXAMPLE_ROWS], ids[:EXAMPLE_ROWS]
     score = net.score(numbers, ids)
-    graph, weights = io.BytesIO(), io.BytesIO()
+    folder.mkdir(parents=True, exist_ok=True)
+    graph, weights = folder / "model.onnx.new", io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, and 20 times as fast as its successor
         torch.onnx.export(
@@ -147,7 +148,7 @@ def export(
         "ids": ids.tolist(),
         "score": score.tolist(),
     }
-    write(folder / "model.onnx", graph.getvalue())
+    os.replace(graph, folder / "model.onnx")
     write(folder / "weights.pt", weights.getvalue())
     write(folder / "inputs.json", json.dumps(inputs.as_json()).encode())
     write(folder / "example.json", json.dumps(example).encode())
@@ -160,7 +161,6 @@ def load_weights(net: Net, folder: Path) -> None:
 
 def write(path: Path, data: bytes) -> None:
     """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     temporary.write_bytes(data)
     os.replace(temporary, path)

@@ -15,7 +15,7 @@ LOSS_CAP = 4.0  # of one example's loss in a paired comparison: no single row de
 def losses(label: Floats, score: Floats) -> Floats:
     """Log loss of each example, in nats."""
     p = np.clip(np.asarray(score, np.float64), CLIP, 1 - CLIP)
-    return -(label * np.log(p) + (1 - label) * np.log1p(-p))
+    return np.asarray(-(label * np.log(p) + (1 - label) * np.log1p(-p)))
 
 
 def log_loss(label: Floats, score: Floats) -> float:

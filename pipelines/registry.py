@@ -58,16 +58,11 @@ class Registry:
         the version's number; a version without all of its files can't come about
         """
         from mlflow.entities import Metric, RunTag
-        from mlflow.exceptions import MlflowException
 
         with self._answering():
-            try:
-                experiment = self._client.create_experiment(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = self._client.get_experiment_by_name(name).experiment_id
-            run = self._client.create_run(experiment, tags=dict(tags))
+            experiment = self._client.get_experiment_by_name(name)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+            run = self._client.create_run(number, tags=dict(tags))
             logged = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
             self._client.log_batch(run.info.run_id, metrics=logged, tags=[RunTag("model", name)])
             self._client.log_artifacts(run.info.run_id, str(folder), FILES)
@@ -105,7 +100,7 @@ class Registry:
         try:
             with self._answering():
                 run = self._client.get_model_version(name, version).run_id
-                path = Path(self._client.download_artifacts(run, FILES, str(temporary)))
+                path = Path(self._client.download_artifacts(str(run), FILES, str(temporary)))
             if not any(path.iterdir()):
                 raise InputError(f"version {version} of {name} has no files in the registry")
             try:

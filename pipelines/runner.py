@@ -215,6 +215,7 @@ class Runner:
             "topic": record.topic,
             "partition": record.partition,
             "offset": record.offset,
+            "step": self.name,
             "reason": refused.reason,
             "detail": refused.detail,
             "raw": base64.b64encode(raw if len(raw) <= RAW_LIMIT else raw[:RAW_KEPT]).decode(),
@@ -225,8 +226,9 @@ class Runner:
 
     def _report(self) -> None:
         counts: Counter[str] = sum((o.task.intake.counts for o in self.owned.values()), Counter())
+        del counts["counted_late"]  # they count, only later; predictions of concurrent requests often are
         if counts != self.reported:
-            self.log.warning("events not counted as usual", **counts)
+            self.log.warning("rejected so far", **counts)
             self.reported = counts
 
     def _assigned(self, partitions: set[TopicPartition]) -> None:

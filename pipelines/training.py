@@ -41,7 +41,8 @@ class Data:
         self.examples = examples.take(slice(max(0, len(examples) - job.max_examples), None))
         held_from = int(np.searchsorted(self.examples.label_time, job.cut - job.holdout))
         self.fit, self.held = self.examples.take(slice(held_from)), self.examples.take(slice(held_from, None))
-        self.tensors = [torch.from_numpy(a).to(device) for a in (self.examples.numbers, self.examples.ids, self.examples.label)]
+        arrays = (self.examples.numbers, self.examples.ids, self.examples.label)
+        self.tensors = [torch.from_numpy(a).to(device) for a in arrays]
         replayed = min(held_from, job.recipe.replay * len(self.held))
         chosen = np.random.default_rng((job.seed, 1)).permutation(held_from)[:replayed]
         held = np.arange(held_from, len(self.examples))
@@ -57,7 +58,7 @@ class Data:
 
 
 def learning_rate(recipe: Recipe, base: float, progress: float, world: int) -> float:
-    """Rate of a step: a warm-up to `base` times the ranks (linear scaling, Goyal et al. 2017, section 2), then a cosine.
+    """Rate of a step: warm-up to `base` times the ranks (linear scaling, Goyal et al. 2017, section 2), then a cosine.
 
     `progress` (0 .. 1) counts examples, so ranks that come or go change the scale and nothing else.
     """
@@ -130,7 +131,7 @@ class Worker:
             state.commit()
         if hvd.rank() == 0:
             self._write_result()
-        hvd.broadcast_object(None, name="written")  # a rank 0 that dies while it writes is noticed here, and another one writes
+        hvd.broadcast_object(None, name="written")  # notices a rank 0 that died writing: then another one writes
 
     def _prepare(self) -> None:
         """The weights and the normaliser to start from, the same on every rank."""
@@ -153,7 +154,8 @@ class Worker:
             if at != epoch:
                 epoch, order = at, rows[sampler.order(at)]
                 if rank == 0:
-                    say(f"{phase}, epoch {epoch + 1} of {sampler.epochs}: {len(order) - start} examples on {world} ranks")
+                    left = len(order) - start
+                    say(f"{phase}, epoch {epoch + 1} of {sampler.epochs}: {left:,} examples on {world} ranks")
             share = sampler.share(order, start, end, rank, world)
             torch.manual_seed(hash((self.job.seed, len(phase), state.position, rank)))
             self._step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
@@ -170,7 +172,7 @@ class Worker:
         numbers, ids, label = (t[rows] for t in self.data.tensors)
         self.optimizer.zero_grad()
         loss = binary_cross_entropy_with_logits(self.model(numbers, ids), label, weight=weights, reduction="sum")
-        (loss / share.total).backward()
+        torch.autograd.backward(loss / share.total)
         hvd.grouped_allreduce_([p.grad for p in self.model.parameters()], op=hvd.Sum, name="gradients")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
         for group in self.optimizer.param_groups:
@@ -187,15 +189,17 @@ class Worker:
     def _evaluate(self) -> dict[str, Any]:
         """Challenger and champion on the held-out part, which neither has trained on."""
         held, champion = self.data.held, self.job.champion
-        found: dict[str, Any] = {"examples": len(held), "champion": champion.version if champion else None, "blocks": []}
-        found |= _measures("", held.label, self.model.score(held.numbers, held.ids))
+        score = self.model.score(held.numbers, held.ids)
+        version = champion.version if champion else None
+        found: dict[str, Any] = {"examples": len(held), "champion": version, "blocks": []}
+        found |= _measures("", held.label, score)
         if champion:
             model = OnnxModel.load(Path(champion.folder), champion.version)
             same = archive.load(self.state.files, model.inputs, self.job.cut - self.job.holdout, self.job.cut)
             same = same.take(slice(len(same) - len(held), None))
-            score = model.score(same.numbers, same.ids)
-            found |= _measures("champion_", held.label, score)
-            found["blocks"] = quality.paired_blocks(held.event_time, held.label, self.model.score(held.numbers, held.ids), score)
+            other = model.score(same.numbers, same.ids)
+            found |= _measures("champion_", held.label, other)
+            found["blocks"] = quality.paired_blocks(held.event_time, held.label, score, other)
         return found
 
     def _write_result(self) -> None:

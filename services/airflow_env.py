@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -110,7 +111,7 @@ def child_env(settings: Settings) -> dict[str, str]:
     config = Path(os.environ.get("PENSTOCK_CONFIG", "penstock.toml")).absolute()
     return {
         **os.environ,
-        "PATH": f"{ROOT / '.venv/bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
         "PENSTOCK_HOME": str(home),
         "PENSTOCK_PORT_BASE": str(settings.port_base),

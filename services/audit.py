@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from features.engine import Applied
+from features.errors import InputError
 from features.usecase import UseCase
 from pipelines.quality import auc
 from services.recompute import Recomputation, differences, read_events
@@ -16,11 +19,13 @@ from services.replay_log import log_path, read_log
 from services.report import verdict
 from services.served import Examples, Floats, Prediction, read_examples, read_predictions
 from services.settings import Settings
+from services.topic_reader import tails
 
 PRIOR = "prior"
 SUSPICIOUS_AUC = 0.82  # above it the label itself is looking through: no honest model of these flights gets there
 CHANCE, MARGIN, ROUNDS = 0.5, 0.02, 5
 DEFAULT_TICK_MS = 900_000
+LEAKS = 100  # vectors into which a leak is planted
 Verdict = dict[str, Any]
 Numbers = npt.NDArray[np.float32]
 
@@ -32,18 +37,23 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
 
     broker, rng = connect(settings), np.random.default_rng(seed)
     predictions, examples = read_predictions(broker, use_case), read_examples(broker, use_case)
+    if not predictions:
+        raise InputError(f"{use_case.topic('predictions')} is empty: nothing was served that could be checked")
     versions = Registry(settings.mlflow_url).versions(use_case.name)
     learned = {v.version: int(v.tags["latest_label_time"]) for v in versions}
     tick = _tick_ms(settings, use_case)
-    oracle = Recomputation(use_case, read_events(broker, use_case))
+    events = read_events(broker, use_case)
+    oracle = Recomputation(use_case, events)
+    clocks = [tail.clock for tail in tails(broker, [label_topic(use_case), use_case.topic("predictions")]).values()]
     chosen = [predictions[i] for i in rng.choice(len(predictions), min(sample, len(predictions)), replace=False)]
     truth = {r.request_id: (r.label, r.label_time) for r in examples.records}
     numbers, _ = examples.arrays(use_case.inputs, np.arange(len(examples)))
     return [
         vectors_equal(oracle, chosen, tick),
         causality(predictions, learned),
+        examples_complete(use_case, events, predictions, examples, min(clock or 0 for clock in clocks)),
         *permuted(numbers, examples, rng),
-        *leak_caught(oracle, chosen, truth, tick, predictions, learned),
+        *leak_caught(oracle, chosen, truth, tick, predictions),
         *suspicion(numbers, examples.label),
     ]
 
@@ -87,6 +97,35 @@ def causality(predictions: Sequence[Prediction], learned: Mapping[str, int]) -> 
     return verdict(
         "every version had learned only from labels before the request", bool(predictions) and not wrong, detail
     )
+
+
+def label_topic(use_case: UseCase) -> str:
+    """The topic that carries the labels."""
+    return next(topic for topic, c in use_case.event_topics.items() if c.name == use_case.label.event)
+
+
+def examples_complete(
+    use_case: UseCase, events: Sequence[Applied], predictions: Sequence[Prediction], examples: Examples, until: int
+) -> Verdict:
+    """Whether there is exactly one example, with the right label, for each prediction whose label came in time.
+
+    until : epoch ms up to which predictions and labels are complete
+    """
+    label, wait = use_case.label, use_case.label.wait // timedelta(milliseconds=1)
+    came = {getattr(e.value, label.key): e for e in events if e.contract == label.event and e.time < until}
+    expected = {}
+    for p in predictions:
+        event = came.get(p.request_id)
+        value = label.value(event.value) if event else None
+        if event is not None and value is not None and abs(event.time - p.event_time) <= wait:
+            expected[p.request_id] = value
+        elif label.on_expiry is not None and p.event_time + wait < until:
+            expected[p.request_id] = label.on_expiry
+    found = {r.request_id: r.label for r in examples.records}
+    wrong = sum(found.get(key) != value for key, value in expected.items()) + len(found.keys() - expected.keys())
+    doubled = len(examples) - len(found)
+    detail = f"{len(examples):,} examples of {len(expected):,} expected, {wrong} missing or wrong, {doubled} doubled"
+    return verdict("every label that came in time made one example", not wrong and not doubled, detail)
 
 
 def permuted(numbers: Numbers, examples: Examples, rng: np.random.Generator) -> list[Verdict]:
@@ -147,18 +186,18 @@ def leak_caught(
     truth: Mapping[str, tuple[float | None, int | None]],
     tick_ms: int,
     predictions: Sequence[Prediction],
-    learned: Mapping[str, int],
 ) -> list[Verdict]:
     """Whether the same checks notice planted leaks: the label in the vector, windows that run up to the label's
-    arrival, and versions that have learned up to the last label of all."""
-    labelled = [p for p in chosen if p.request_id in truth]
+    arrival, and a version that has learned up to the last label of all."""
+    labelled = [p for p in chosen if p.request_id in truth][:LEAKS]
     joined = [_planted(p, {**p.vector(), "label": truth[p.request_id][0]}) for p in labelled]
     ahead = [_planted(p, oracle.vector(p, (truth[p.request_id][1] or 0) + 1)) for p in labelled]
-    late = causality(predictions, dict.fromkeys(learned, max((t or 0 for _, t in truth.values()), default=0)))
+    last = max((known or 0 for _, known in truth.values()), default=0)
+    late = causality([msgspec.structs.replace(p, version="planted") for p in predictions], {"planted": last})
     return [
         _caught("a label joined into the vector", vectors_equal(oracle, joined, tick_ms)),
         _caught("windows that run up to the label", vectors_equal(oracle, ahead, tick_ms)),
-        _caught("versions that know later labels", late),
+        _caught("a version that knows later labels", late),
     ]
 
 

@@ -86,10 +86,8 @@ class Followed:
 
     def request_message(self, request: Request) -> Message:
         """A scoring request as a record of this topic."""
-        key, row = request.id.encode(), request.row
-        value = {"request_id": request.id, "event_time": row["event_time"], **row["entities"], **row["fields"]}
-        partition = crc32(key) % self.partitions
-        return Message(self.topic, msgspec.json.encode(value), key, partition, timestamp=request.time)
+        key, value = request.id.encode(), msgspec.json.encode(request.row)
+        return Message(self.topic, value, key, crc32(key) % self.partitions, timestamp=request.time)
 
     def close(self) -> None:
         self._consumer.close()

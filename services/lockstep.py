@@ -40,6 +40,7 @@ class Lockstep:
             s.counts.requests += len(requests)
             s.log_tick(tick, fresh, answers, self.phases)
         self._reach(s.plan.until_ms)
+        s.feed.producer.flush()
         s.log.add("end", until=s.plan.until_ms, wall=time.time())
 
     def _reach(self, tick: int) -> list[int]:
@@ -51,7 +52,7 @@ class Lockstep:
         marked = time.time()
         s.counts.events += len(sent)
         with Stopwatch(self.phases, "steps"):
-            readable = [self._wait_step(step, tick) for step in self.steps][0]
+            readable, _ = (self._wait_step(step, tick) for step in self.steps)
         if s.http:
             with Stopwatch(self.phases, "model"):
                 self._wait_predictor()
@@ -72,7 +73,7 @@ class Lockstep:
                 answers = s.client.predict(left)
             with Stopwatch(self.phases, "log"):
                 self._wait_logged(requests)
-                s.feed.send(s.predictions.clock_messages(until))
+                s.feed.producer.send(s.predictions.clock_messages(until))  # the next tick waits for it
             s.predictions.ids.clear()
         else:
             s.feed.send([*map(s.requests.request_message, left), *s.requests.clock_messages(until)])

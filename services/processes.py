@@ -55,7 +55,7 @@ class Service:
     once: bool = False
     stop: signal.Signals = signal.SIGTERM
     grace_s: float = 10.0
-    deadline_s: float = 120.0
+    deadline_s: float = 240.0
     cwd: Path | None = None
 
 
@@ -277,6 +277,8 @@ def guarded(main: Callable[[], int]) -> int:
     ended = 0
     while ended != child:
         ended, status = os.wait()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
     kill_descendants()
     return os.waitstatus_to_exitcode(status)
 

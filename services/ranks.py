@@ -20,7 +20,7 @@ from services.settings import ROOT
 
 NICENESS = 10
 PR_SET_PDEATHSIG = 1
-GRACE_S = 10.0  # for ranks to end after the result is there, and after SIGTERM
+GRACE_S = 10.0  # for the ranks to end once the result is there, or once they are told to
 POLL_S = 0.1
 PROGRESS = re.compile(r"^\[\d+\]<stdout>:(train: .*)$")
 RANK = re.compile(r"^\[\d+\]<std(out|err)>:")
@@ -44,7 +44,7 @@ def run_ranks(module: str, argument: Path, ranks: int, folder: Path, result: Pat
 
     def in_child() -> None:
         os.nice(NICENESS)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # horovodrun ends its ranks on SIGTERM
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     with open(folder / "ranks.log", "w", buffering=1) as log:
         process = subprocess.Popen(
@@ -65,8 +65,9 @@ def run_ranks(module: str, argument: Path, ranks: int, folder: Path, result: Pat
         try:
             _wait(process, result)
         finally:
-            _end(process)
-            reader.join(GRACE_S)
+            process.kill()  # whatever ends horovodrun, the guard process of each rank sees it and ends the rank
+            process.wait()
+            reader.join(GRACE_S)  # the guards hold the pipe: at its end they are gone
     if not result.exists():
         raise PenstockError(_why(lines))
 
@@ -114,17 +115,5 @@ def _wait(process: subprocess.Popen[str], result: Path) -> None:
             ends = time.monotonic() + GRACE_S
         try:
             process.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End what is left: horovodrun hands SIGTERM on to its ranks, and they end when it is gone."""
-    for stop in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, stop)
-        try:
-            process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             continue

@@ -24,7 +24,8 @@ h1 { font-size: 1.5rem; margin: 0 0 .2rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 }
 .soft { color: var(--soft) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
+.tiles { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem; margin: 1rem 0 }
+@media (min-width: 44rem) { .tiles { grid-template-columns: repeat(4, 1fr) } }
 .tile, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .8rem }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums }
 .tile span { color: var(--soft); font-size: .85rem }
@@ -108,7 +109,10 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
     pairs = {"served": [(g["score"], g["label"]) for g in groups], "perfect": [(0.0, 0.0), (1.0, 1.0)]}
     out.append(_figure("Calibration: share late, by score", square(pairs), legend(pairs), "ten groups of equal size"))
     counts = report["freshness_histogram"]["counts"]
-    ms = [wall(edge, "ms") for edge in report["freshness_histogram"]["edges_ms"]]
+    ms = [
+        wall(edge, "ms") if edge < 1000 else wall(edge / 1000, "s")
+        for edge in report["freshness_histogram"]["edges_ms"]
+    ]
     out.append(_figure("Event sent to readable online", bars(counts, ms), "", "events, on a logarithmic scale of time"))
     waits = {f"v{v['version']}": v["label_to_serving_s"] for v in report["versions"] if v["label_to_serving_s"]}
     if waits:
@@ -161,12 +165,11 @@ def square(series: Mapping[str, Sequence[Point]]) -> str:
 
 def bars(values: Sequence[float], labels: Sequence[str], every: int = 6) -> str:
     """One bar per value; every so many are labelled."""
-    high = max([*values, 1e-9])
-    low, high = nice(0, high)
+    _, high = nice(0, max([*values, 1e-9]))
     x, y = _scale(0, len(values), LEFT, WIDTH - RIGHT), _scale(0, high, HEIGHT - BOTTOM, TOP)
     parts = [_grid(0, high, y)]
     for i, value in enumerate(values):
-        top, width = y(value), max(1.0, x(1) - x(0) - 1.5)
+        top, width = y(value), (x(1) - x(0)) * 0.85
         box = f'x="{x(i) + 0.7:.1f}" y="{top:.1f}" width="{width:.1f}" height="{y(0) - top:.1f}"'
         parts.append(f'<rect {box} fill="var(--c0)"><title>{escape(labels[i])}: {value:,}</title></rect>')
         if i % every == 0:
@@ -199,9 +202,18 @@ def _grid(low: float, high: float, y: Callable[[float], float]) -> str:
     while value <= high + step / 1000:
         at = y(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--line)"/>')
-        parts.append(_text(LEFT - 6, at + 4, f"{value:,.6g}", "end"))
+        parts.append(_text(LEFT - 6, at + 4, short(value), "end"))
         value += step
     return "".join(parts)
+
+
+def short(value: float) -> str:
+    """An axis label.
+
+    >>> short(60_000), short(0.25)
+    ('60k', '0.25')
+    """
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{round(value, 9):g}"
 
 
 def _series(points: Sequence[Point], colour: int, x: Callable[[float], float], y: Callable[[float], float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -329,6 +330,11 @@ def supervise(arguments: str) -> int:
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
 
+    handle = os.open(settings.home, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as this process lives
+    except BlockingIOError:
+        raise StateError(f"another stack is starting or stopping in {settings.home}: wait for it") from None
     services = _services(settings, selection)
     return asyncio.run(Supervisor(services, settings.home / "logs", _file(settings), say).run())
 

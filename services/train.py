@@ -16,9 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from features.errors import PenstockError
 from features.usecase import ModelInputs, UseCase, load
 from pipelines.broker import Broker
+from pipelines.checkpoint import listed_files
 from pipelines.job import Champion, Job, Recipe
 from pipelines.registry import Registry, Version
 from services import wiring
@@ -73,7 +73,8 @@ def train(settings: Settings, name: str, ranks: int) -> TrainResult:
             few = f"{total:,} examples before the cut {iso(cut)}, the first version waits for {use_case.min_examples:,}"
             return TrainResult(None, cut, f"{name}: {few}")
         folder = home / f"{name}-{cut}"
-        job = _job(settings, use_case, broker, registry, state, cut, folder)
+        champion = _champion(registry, name, state, home)
+        job = _job(settings, use_case, broker, champion, cut, folder)
         result = _run(job, folder, ranks)
         made = _register(registry, use_case, job, result)
         shutil.rmtree(folder)
@@ -108,15 +109,9 @@ def _already(name: str, cut: int, version: Version, state: dict[str, Any]) -> Tr
 
 
 def _job(
-    settings: Settings, use_case: UseCase, broker: Broker, registry: Registry, state: dict[str, Any], cut: int, folder: Path
+    settings: Settings, use_case: UseCase, broker: Broker, champion: Champion | None, cut: int, folder: Path
 ) -> Job:
-    """The job of a cut, with the champion it starts from."""
-    from pipelines.checkpoint import listed_files
-
-    champion = None
-    if version := state.get("roles", {}).get("champion"):
-        files = registry.download(use_case.name, version, folder.parent / f"{use_case.name}-versions")
-        champion = Champion(version, str(files), int(state["versions"][version]["cut"]))
+    """The job of a cut; it starts from the champion where that reads the same inputs."""
     inputs = use_case.inputs
     warm = champion is not None and _inputs_of(champion) == inputs
     return Job(
@@ -130,6 +125,15 @@ def _job(
         recipe=Recipe.warm() if warm else Recipe.from_scratch(),
         seed=cut // 1000 % 2**31,
     )
+
+
+def _champion(registry: Registry, name: str, state: dict[str, Any], home: Path) -> Champion | None:
+    """What serves now, its files downloaded."""
+    version = state.get("roles", {}).get("champion")
+    if version is None:
+        return None
+    folder = registry.download(name, version, home / f"{name}-versions")
+    return Champion(version, str(folder), int(state["versions"][version]["cut"]))
 
 
 def _inputs_of(champion: Champion) -> ModelInputs:

@@ -11,9 +11,6 @@ import pytest
 from services.settings import PORTS, Settings
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """kafka-python reads its own package's files the old way."""
-    config.addinivalue_line("filterwarnings", "ignore:(open_text|read_text) is deprecated:DeprecationWarning")
 
 
 def free_ports() -> int:

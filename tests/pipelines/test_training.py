@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from services.ranks import run_ranks
 from tests.archive_files import DAY, INPUTS, START, write_archive
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).resolve().parents[2]
 CUT = START + 10 * DAY
 DEADLINE_S = 90.0
 
@@ -66,18 +70,26 @@ def assert_each_row_counts_once(job: Job, result: dict[str, object]) -> None:
     assert len(last) == len(held) + min(len(fit), 4 * len(held))
 
 
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    give_up = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < give_up, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
 def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
     """Once both ranks have taken some steps, one is killed with SIGKILL."""
 
+    def steps() -> list[tuple[int, int]]:
+        return [(int(f.stem), f.read_text().count("\n")) for f in sorted(Path(job.row_log).glob("*.jsonl"))]
+
     def strike() -> None:
-        give_up = time.monotonic() + DEADLINE_S
-        while time.monotonic() < give_up:
-            files = sorted(Path(job.row_log).glob("*.jsonl"))
-            if len(files) == 2 and min(f.read_text().count("\n") for f in files) >= after_lines:
-                os.kill(int(files[which].stem), signal.SIGKILL)
-                return
-            threading.Event().wait(0.02)
-        raise AssertionError("the ranks took no steps to be interrupted in")
+        wait_for(lambda: len(steps()) == 2 and min(n for _, n in steps()) >= after_lines, "steps to interrupt")
+        os.kill(steps()[which][0], signal.SIGKILL)
 
     thread = threading.Thread(target=strike)
     thread.start()
@@ -99,8 +111,8 @@ def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_rank_loses_and_doubles_nothing(tmp_path: Path, which: int) -> None:
-    job = make_job(tmp_path, 40_000)
-    thread = kill_a_rank(job, which, after_lines=60)
+    job = make_job(tmp_path, 12_000)
+    thread = kill_a_rank(job, which, after_lines=30)
     result = run(tmp_path, job)
     thread.join()
     runs = {step.split()[0] for step in result["steps"]}  # type: ignore[attr-defined]
@@ -137,5 +149,23 @@ def test_a_failed_job_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     job = make_job(tmp_path, 1000, files=(str(tmp_path / "missing.parquet"),))
     with pytest.raises(PenstockError, match=r"missing\.parquet"):
         run(tmp_path, job)
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    assert left == []
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_training_leaves_no_rank(tmp_path: Path, how: signal.Signals) -> None:
+    job = make_job(tmp_path, 30_000)
+    job.save(tmp_path / "job.json")
+    folder, result = repr(tmp_path), Path(job.result) / "result.json"
+    code = f"""
+from pathlib import Path, PosixPath
+from services.ranks import run_ranks
+folder = {folder}
+run_ranks("pipelines.training", folder / "job.json", 2, folder, folder / {str(result)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(Path(job.row_log).iterdir())) == 2, "both ranks to start")
+    process.send_signal(how)
+    process.wait(DEADLINE_S)
+    wait_for(lambda: not processes_of(tmp_path), "the ranks to end")
+    assert not result.exists()

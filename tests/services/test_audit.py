@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from services import audit
-from services.audit import causality, leak_caught, permuted, suspicion, vectors_equal
+from services.audit import causality, examples_complete, leak_caught, permuted, suspicion, vectors_equal
 from services.lockstep import Lockstep
 from services.recompute import Recomputation, differences, read_events
 from services.served import Examples, Prediction, count_events, read_examples, read_predictions
@@ -68,10 +68,25 @@ def test_other_windows_are_found(served: Any) -> None:
 def test_planted_leaks_are_noticed(served: Any) -> None:
     _, oracle, predictions, examples = served
     truth = {r.request_id: (r.label, r.label_time) for r in examples.records}
-    versioned = [msgspec.structs.replace(p, version="1") for p in predictions]
-    learned = {"1": START - 1}
-    assert causality(versioned, learned)["ok"]
-    assert all(v["ok"] for v in leak_caught(oracle, predictions, truth, TICK, versioned, learned))
+    assert causality([msgspec.structs.replace(p, version="1") for p in predictions], {"1": START - 1})["ok"]
+    found = leak_caught(oracle, predictions, truth, TICK, predictions)
+    assert len(found) == 3 and all(v["ok"] for v in found)
+
+
+def test_examples_are_complete(served: Any) -> None:
+    broker, _, predictions, examples = served
+    events = read_events(broker, use_case)
+
+    def check(records: list[Prediction]) -> bool:
+        return bool(examples_complete(use_case, events, predictions, Examples.of(records), END)["ok"])
+
+    records = examples.records
+    assert {r.label for r in records} == {0.0, 1.0}  # waits that ended, and labels
+    assert check(records)
+    assert not check(records[1:])
+    assert not check([*records, records[0]])
+    assert not check([msgspec.structs.replace(records[0], label=1 - records[0].label), *records[1:]])
+    assert not check([msgspec.structs.replace(records[0], request_id="other"), *records[1:]])
 
 
 def test_causality() -> None:

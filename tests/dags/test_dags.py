@@ -1,0 +1,104 @@
+"""The DAGs as Airflow parses them, in a process and a home of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST_FILE = 80  # lines
+
+PARSE = """
+import json, time
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG
+started = time.process_time()
+bag = DagBag(dag_folder={folder!r})
+seconds = time.process_time() - started
+from airflow.serialization.serialized_objects import DagSerialization
+dags = {{i: DagSerialization.to_dict(d)["dag"] for i, d in bag.dags.items()}}
+print("RESULT" + json.dumps([dags, bag.import_errors, seconds], default=str))
+"""
+
+RENDER = """
+import sys
+sys.path.insert(0, {folder!r})
+import retrain
+class Instance:
+    def xcom_pull(self, task_ids):
+        return {version!r}
+task = retrain.flights_retrain.get_task("consider")
+print("RESULT" + task.render_template(task.bash_command, {{"ti": Instance()}}))
+"""
+
+FILTER = """
+import asyncio, json
+from pipelines.cut_trigger import CutTrigger
+async def records():
+    for value in (None, b'{"cut": 1}', None, b'{"cut": 2}'):
+        yield value
+async def fired():
+    trigger = CutTrigger(topics=["flights.cuts"])
+    return [event.payload async for event in trigger.filter_shared_stream(records())]
+print("RESULT" + json.dumps(asyncio.run(fired())))
+"""
+
+
+def airflow(code: str, home: Path) -> str:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
+    env |= {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "PYTHONPATH": str(ROOT)}
+    env |= {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[len("RESULT") :]
+
+
+@pytest.fixture(scope="module")
+def parsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str], float]:
+    home = tmp_path_factory.mktemp("airflow")
+    dags, errors, seconds = json.loads(airflow(PARSE.format(folder=str(ROOT / "dags")), home))
+    return dags, errors, seconds
+
+
+def test_dags_parse_without_errors_in_under_a_second(parsed: Any) -> None:
+    dags, errors, seconds = parsed
+    assert errors == {}
+    assert "flights_retrain" in dags
+    assert seconds < 1.0
+
+
+def test_retrain_is_woken_by_cuts_and_daily(parsed: Any) -> None:
+    dag = parsed[0]["flights_retrain"]
+    schedule = json.dumps(dag["timetable"])
+    assert "0 6 * * *" in schedule and "flights_cuts" in schedule
+    assert "pipelines.cut_trigger.CutTrigger" in schedule and "flights.cuts" in schedule
+    assert dag["catchup"] is False
+    assert dag.get("max_active_runs") != 1  # it can drop asset events
+
+
+def test_retrain_trains_in_its_pool_then_considers(parsed: Any) -> None:
+    tasks = {t["__var"]["task_id"]: t["__var"] for t in parsed[0]["flights_retrain"]["tasks"]}
+    assert list(tasks) == ["train", "consider"]
+    assert tasks["train"]["pool"] == "training"
+    assert tasks["train"]["bash_command"] == "exec penstock train flights --ranks 2 --json"
+    assert tasks["train"]["downstream_task_ids"] == ["consider"]
+
+
+@pytest.mark.parametrize(("version", "command"), [("3", "exec penstock rollout flights consider 3"), (None, "exit 99")])
+def test_consider_gets_the_version_or_is_skipped(tmp_path: Path, version: str | None, command: str) -> None:
+    assert airflow(RENDER.format(folder=str(ROOT / "dags"), version=version), tmp_path) == command
+
+
+def test_dag_files_are_short() -> None:
+    for file in (ROOT / "dags").glob("*.py"):
+        assert len(file.read_text().splitlines()) < LONGEST_FILE, file
+
+
+def test_clock_records_wake_nobody(tmp_path: Path) -> None:
+    assert json.loads(airflow(FILTER, tmp_path)) == ['{"cut": 1}', '{"cut": 2}']

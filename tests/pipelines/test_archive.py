@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.errors import ConfigError, StateError
+from features.usecase import ModelInputs
+from features.vectors import encode
+from pipelines import archive
+from tests.archive_files import DAY, INPUTS, START, write_archive
+
+ALL = (0, 2**62)
+
+
+def test_load_equals_encoding_the_rows_one_by_one(tmp_path: Path) -> None:
+    files = write_archive(tmp_path, 500)
+    rows = sorted(
+        (r for f in files for r in pq.read_table(f).to_pylist()), key=lambda r: (r["label_time"], r["request_id"])
+    )
+    examples = archive.load(files, INPUTS, *ALL)
+    numbers, ids = encode(INPUTS, rows)
+    assert np.array_equal(examples.numbers, numbers, equal_nan=True) and np.isnan(numbers).any()
+    assert np.array_equal(examples.ids, ids)
+    assert examples.numbers.dtype == np.float32 and examples.ids.dtype == np.int64
+    assert examples.request_id.tolist() == [r["request_id"] for r in rows]
+    assert examples.label.tolist() == [r["label"] for r in rows]
+    assert examples.event_time.tolist() == [r["event_time"] for r in rows]
+
+
+def test_equal_label_times_are_ordered_by_request_id(tmp_path: Path) -> None:
+    (file,) = write_archive(tmp_path, 50, files=1)
+    table = pq.read_table(file)
+    same = table.set_column(table.schema.get_field_index("label_time"), "label_time", pa.array([START] * 50))
+    pq.write_table(same, file)
+    assert archive.load([file], INPUTS, *ALL).request_id.tolist() == [f"r{i:06d}" for i in range(50)]
+
+
+def test_the_range_is_half_open(tmp_path: Path) -> None:
+    files = write_archive(tmp_path, 300)
+    whole = archive.load(files, INPUTS, *ALL)
+    first, last = int(whole.label_time[100]), int(whole.label_time[200])
+    part = archive.load(files, INPUTS, first, last)
+    assert part.label_time.min() == first and part.label_time.max() < last
+    assert part.request_id.tolist() == whole.between(first, last).request_id.tolist()
+
+
+def test_integers_hash_as_integers_in_every_file(tmp_path: Path) -> None:
+    """A null in one file must not turn its integers into floats, whose text is another."""
+    files = write_archive(tmp_path, 100)
+    table = pq.read_table(files[0])
+    places = table["place"].to_pylist()
+    at = table.schema.get_field_index("place")
+    pq.write_table(table.set_column(at, "place", pa.array([None, *places[1:]], pa.int64())), files[0])
+    examples = archive.load(files, INPUTS, *ALL)
+    place = INPUTS.categories[1]
+    expected = {
+        encode(replace(INPUTS, numbers=(), categories=(place,)), [{"place": v}])[1][0, 0] for v in (None, *range(5))
+    }
+    assert set(examples.ids[:, 1]) == expected
+
+
+def test_no_examples_is_empty_arrays(tmp_path: Path) -> None:
+    for files in ([], write_archive(tmp_path, 10)):
+        examples = archive.load(files, INPUTS, START + 99 * DAY, START + 100 * DAY)
+        assert len(examples) == 0 and examples.numbers.shape == (0, 3) and examples.ids.shape == (0, 2)
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    files = write_archive(tmp_path, 10)
+    with pytest.raises(ConfigError, match="colour"):
+        archive.load(files, ModelInputs(("x", "colour")), *ALL)
+    with pytest.raises(StateError, match="gone"):
+        archive.load([str(tmp_path / "gone.parquet")], INPUTS, *ALL)
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(Path(files[0]).read_bytes()[:500])
+    with pytest.raises(StateError, match="damaged"):
+        archive.load([str(damaged)], INPUTS, *ALL)
