@@ -8,12 +8,11 @@ import re
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from airflow.providers.apache.kafka.triggers.shared_stream import KafkaSharedStreamTrigger
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG, Asset, AssetWatcher
 from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.trigger import CronTriggerTimetable
-
-from pipelines.cut_trigger import CutTrigger
 
 FEATURES = Path(__file__).resolve().parent.parent / "features"
 DECLARATION = re.compile(r"^use_case(: UseCase)? = ", re.MULTILINE)
@@ -31,7 +30,7 @@ def version_of(output: str) -> str | None:
 
 def retrain(name: str) -> DAG:
     """The retrain DAG of a use case."""
-    watcher = AssetWatcher(name=f"{name}_cut", trigger=CutTrigger(topics=[f"{name}.cuts"]))
+    watcher = AssetWatcher(name=f"{name}_cut", trigger=KafkaSharedStreamTrigger(topics=[f"{name}.cuts"]))
     cuts = Asset(f"{name}_cuts", watchers=[watcher])
     with DAG(
         f"{name}_retrain",

@@ -15,7 +15,7 @@ from features.errors import InputError
 from features.usecase import UseCase
 from pipelines.quality import auc
 from services.recompute import Recomputation, differences, read_events
-from services.replay_log import log_path, read_log
+from services.replay_log import as_of, log_path, read_log
 from services.report import verdict
 from services.served import Examples, Floats, Prediction, read_examples, read_predictions
 from services.settings import Settings
@@ -24,9 +24,9 @@ from services.topic_reader import tails
 PRIOR = "prior"
 SUSPICIOUS_AUC = 0.82  # above it the label itself is looking through: no honest model of these flights gets there
 CHANCE, MARGIN, ROUNDS = 0.5, 0.02, 5
-DEFAULT_TICK_MS = 900_000
 LEAKS = 100  # vectors into which a leak is planted
 Verdict = dict[str, Any]
+Held = tuple[Prediction, int]  # and the instant (epoch ms) its windows were held to by a lockstep
 Numbers = npt.NDArray[np.float32]
 
 
@@ -41,19 +41,20 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
         raise InputError(f"{use_case.topic('predictions')} is empty: nothing was served that could be checked")
     versions = Registry(settings.mlflow_url).versions(use_case.name)
     learned = {v.version: int(v.tags["latest_label_time"]) for v in versions}
-    tick = _tick_ms(settings, use_case)
+    held = as_of(read_log(log_path(settings, use_case.name)))
     events = read_events(broker, use_case)
     oracle = Recomputation(use_case, events)
     clocks = [tail.clock for tail in tails(broker, [label_topic(use_case), use_case.topic("predictions")]).values()]
-    chosen = [predictions[i] for i in rng.choice(len(predictions), min(sample, len(predictions)), replace=False)]
+    known = [(p, at) for p in predictions if (at := held(p.event_time)) is not None]
+    chosen = [known[i] for i in rng.choice(len(known), min(sample, len(known)), replace=False)]
     truth = {r.request_id: (r.label, r.label_time) for r in examples.records}
     numbers, _ = examples.arrays(use_case.inputs, np.arange(len(examples)))
     return [
-        vectors_equal(oracle, chosen, tick),
+        vectors_equal(oracle, chosen),
         causality(predictions, learned),
         examples_complete(use_case, events, predictions, examples, min(clock or 0 for clock in clocks)),
         *permuted(numbers, examples, rng),
-        *leak_caught(oracle, chosen, truth, tick, predictions),
+        *leak_caught(oracle, chosen, truth, predictions),
         *suspicion(numbers, examples.label),
     ]
 
@@ -63,21 +64,13 @@ def as_text(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(f"{'ok    ' if v['ok'] else 'FAILED'} {v['check']}: {v['detail']}" for v in verdicts)
 
 
-def _tick_ms(settings: Settings, use_case: UseCase) -> int:
-    """The last replay's tick, to which its windows were held; 1 ms when it was streamed: exact as of each request."""
-    starts = [e for e in read_log(log_path(settings, use_case.name)) if e["kind"] == "start"]
-    if not starts:
-        return DEFAULT_TICK_MS
-    return int(starts[-1]["tick"]) if starts[-1]["requests"] == "http" else 1
-
-
-def vectors_equal(oracle: Recomputation, chosen: Sequence[Prediction], tick_ms: int) -> Verdict:
-    """Whether the vectors served are those that brute force over the raw events gives as of the tick."""
+def vectors_equal(oracle: Recomputation, chosen: Sequence[Held]) -> Verdict:
+    """Whether the vectors served are those that brute force over the raw events gives as of the instant held to."""
     wrong, values, shown = 0, 0, ""
-    for p in chosen:
+    for p, as_of_ms in chosen:
         served = p.vector()
         values += len(served)
-        expected = oracle.vector(p, p.event_time // tick_ms * tick_ms)
+        expected = oracle.vector(p, as_of_ms)
         if names := differences(served, expected):
             wrong += 1
             name = names[0]
@@ -182,21 +175,20 @@ def _limit(check: str, found: float | None, ok: bool) -> Verdict:
 
 def leak_caught(
     oracle: Recomputation,
-    chosen: Sequence[Prediction],
+    chosen: Sequence[Held],
     truth: Mapping[str, tuple[float | None, int | None]],
-    tick_ms: int,
     predictions: Sequence[Prediction],
 ) -> list[Verdict]:
     """Whether the same checks notice planted leaks: the label in the vector, windows that run up to the label's
     arrival, and a version that has learned up to the last label of all."""
-    labelled = [p for p in chosen if p.request_id in truth][:LEAKS]
-    joined = [_planted(p, {**p.vector(), "label": truth[p.request_id][0]}) for p in labelled]
-    ahead = [_planted(p, oracle.vector(p, (truth[p.request_id][1] or 0) + 1)) for p in labelled]
+    labelled = [(p, at) for p, at in chosen if p.request_id in truth][:LEAKS]
+    joined = [(_planted(p, {**p.vector(), "label": truth[p.request_id][0]}), at) for p, at in labelled]
+    ahead = [(_planted(p, oracle.vector(p, (truth[p.request_id][1] or 0) + 1)), at) for p, at in labelled]
     last = max((known or 0 for _, known in truth.values()), default=0)
     late = causality([msgspec.structs.replace(p, version="planted") for p in predictions], {"planted": last})
     return [
-        _caught("a label joined into the vector", vectors_equal(oracle, joined, tick_ms)),
-        _caught("windows that run up to the label", vectors_equal(oracle, ahead, tick_ms)),
+        _caught("a label joined into the vector", vectors_equal(oracle, joined)),
+        _caught("windows that run up to the label", vectors_equal(oracle, ahead)),
         _caught("a version that knows later labels", late),
     ]
 

@@ -73,7 +73,8 @@ def replay(
     plan = Plan.of(from_, until, tick, requests)
     shown = Progress(plan.from_ms, plan.until_ms, progress)
     began = time.monotonic()
-    session = Session(settings, use_case, source, broker(settings), plan, shown)
+    connected = broker(settings)
+    session = Session(settings, use_case, source, connected, plan, shown)
     before = len(read_log(session.log.path))
     try:
         Lockstep(session, at_tick).run() if speed is None else Paced(session, speed).run()
@@ -82,6 +83,7 @@ def replay(
         raise
     finally:
         session.close()
+        connected.close()
     entries = read_log(session.log.path)[before:]
     return ReplayReport(
         session.start,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,6 +62,19 @@ def tick_times(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
     names = list(dict.fromkeys(name for phases in ticks for name in phases))
     phases = {name: quantiles([p[name] for p in ticks if name in p]) for name in names}
     return phases | {"tick": quantiles([sum(p.values()) for p in ticks])}
+
+
+def as_of(entries: Sequence[Mapping[str, Any]]) -> Callable[[int], int | None]:
+    """Request time -> the instant its windows were held to (epoch ms), None where no lockstep tells."""
+    ticks = sorted((e["tick"], e["until"], e["held"]) for e in entries if e["kind"] == "tick")
+
+    def instant(time: int) -> int | None:
+        i = bisect_right(ticks, time, key=lambda tick: tick[0]) - 1
+        if i < 0 or time >= ticks[i][1] or not ticks[i][2]:
+            return None
+        return ticks[i][0] if ticks[i][2] == "tick" else time
+
+    return instant
 
 
 def freshness(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | int | None]:

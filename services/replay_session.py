@@ -80,7 +80,6 @@ class Session:
         self.logs = self.settings.home / "logs"
         self.start = self._start()
         self.now = self.progress.start_ms = self.start
-        self.log.add("start", at=self.start, until=plan.until_ms, tick=plan.tick_ms, requests=plan.requests)
 
     def group(self, step: str) -> str:
         """The consumer group of a step."""
@@ -100,10 +99,16 @@ class Session:
         return start
 
     def log_tick(self, tick: int, fresh: Sequence[int], answers: Sequence[Answer], phases: dict[str, float]) -> None:
-        """Record what one tick showed: `fresh` is the milliseconds of each event, see `replay_log.freshness`."""
+        """Record what one tick showed.
+
+        fresh : of each event, the milliseconds until it was readable
+        phases : wall milliseconds; empty when nothing waited for the steps
+        """
         self.counts.ticks += 1
         rows = [[a.request_id, a.event_time, a.score, a.version, a.arm, len(a.missing), a.answered] for a in answers]
-        self.log.add("tick", tick=tick, phases=phases, freshness=fresh, answers=rows)
+        held = "" if not phases else "tick" if self.http else "request"
+        until = tick + self.plan.tick_ms
+        self.log.add("tick", tick=tick, until=until, held=held, phases=phases, freshness=fresh, answers=rows)
         self.progress.update(tick + self.plan.tick_ms)
 
     def close(self) -> None:

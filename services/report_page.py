@@ -181,7 +181,7 @@ def nice(low: float, high: float) -> tuple[float, float]:
     """A range a little wider, at round numbers.
 
     >>> nice(0.513, 0.748)
-    (0.5, 0.75)
+    (0.5, 0.8)
     """
     step = _step(low, high)
     return round(math.floor(low / step) * step, 9), round(math.ceil(high / step) * step, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -13,7 +14,6 @@ from features.vectors import encode
 from pipelines.scorer import Scored, Scorer
 from services import wiring
 from services.predict_request import Refused, RequestDecoder
-from services.predictor import version_fetcher
 from services.serving_state import ModelSlot, Prior, ServingState
 from services.settings import Settings
 
@@ -23,7 +23,11 @@ STARTUP_S = 60.0
 def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer]:
     """Partition -> scorer; all share one model, which follows `<uc>.models`."""
     slot = ModelSlot(Prior(use_case.prior))
-    fetch = version_fetcher(wiring.registry(settings).download, use_case.name, settings.home / "models" / use_case.name)
+    registry, models = wiring.registry(settings), settings.home / "models" / use_case.name
+
+    def fetch(version: str) -> Path:
+        return registry.download(use_case.name, version, models)
+
     ServingState(use_case, wiring.broker(settings), slot, fetch).start().wait_caught_up(STARTUP_S)
     decoder = RequestDecoder(use_case, allow_event_time=True, new_id=lambda: str(time.time_ns()))
 

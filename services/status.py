@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
@@ -24,16 +25,18 @@ def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
     use_case = load(use_case_name)
     result: dict[str, Any] = {**stack.status(settings), "use_case": use_case.name}
     try:
-        broker = wiring.broker(settings)
-        result["steps"] = {step: _step(broker, use_case, step) for step in STEPS}
-        rejected = (
-            msgspec.json.decode(r.value)["reason"] for r in read_all(broker, use_case.topic("rejected")) if r.value
-        )
-        result["rejected"] = dict(Counter(rejected))
+        with contextlib.closing(wiring.broker(settings)) as broker:
+            result["steps"] = {step: _step(broker, use_case, step) for step in STEPS}
+            result["rejected"] = dict(Counter(_reasons(broker, use_case)))
         result["serving"] = rollout.status(settings, use_case.name)
     except UnavailableError as error:
         result["problem"] = str(error)
     return result
+
+
+def _reasons(broker: Broker, use_case: UseCase) -> list[str]:
+    records = read_all(broker, use_case.topic("rejected"))
+    return [msgspec.json.decode(r.value)["reason"] for r in records if r.value]
 
 
 def _step(broker: Broker, use_case: UseCase, step: str) -> dict[str, Any]:

@@ -11,8 +11,6 @@ import pytest
 from services.settings import PORTS, Settings
 
 
-
-
 def free_ports() -> int:
     """A port base with room for every service of the stack, below the range that the kernel hands out."""
     from services.stack import is_free

@@ -37,18 +37,6 @@ task = retrain.flights_retrain.get_task("consider")
 print("RESULT" + task.render_template(task.bash_command, {{"ti": Instance()}}))
 """
 
-FILTER = """
-import asyncio, json
-from pipelines.cut_trigger import CutTrigger
-async def records():
-    for value in (None, b'{"cut": 1}', None, b'{"cut": 2}'):
-        yield value
-async def fired():
-    trigger = CutTrigger(topics=["flights.cuts"])
-    return [event.payload async for event in trigger.filter_shared_stream(records())]
-print("RESULT" + json.dumps(asyncio.run(fired())))
-"""
-
 
 def airflow(code: str, home: Path) -> str:
     env = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
@@ -77,7 +65,7 @@ def test_retrain_is_woken_by_cuts_and_daily(parsed: Any) -> None:
     dag = parsed[0]["flights_retrain"]
     schedule = json.dumps(dag["timetable"])
     assert "0 6 * * *" in schedule and "flights_cuts" in schedule
-    assert "pipelines.cut_trigger.CutTrigger" in schedule and "flights.cuts" in schedule
+    assert "KafkaSharedStreamTrigger" in schedule and "flights.cuts" in schedule
     assert dag["catchup"] is False
     assert dag.get("max_active_runs") != 1  # it can drop asset events
 
@@ -98,7 +86,3 @@ def test_consider_gets_the_version_or_is_skipped(tmp_path: Path, version: str | 
 def test_dag_files_are_short() -> None:
     for file in (ROOT / "dags").glob("*.py"):
         assert len(file.read_text().splitlines()) < LONGEST_FILE, file
-
-
-def test_clock_records_wake_nobody(tmp_path: Path) -> None:
-    assert json.loads(airflow(FILTER, tmp_path)) == ['{"cut": 1}', '{"cut": 2}']

@@ -96,12 +96,19 @@ class Killer:
         self.killed.append("rank")
 
 
+def at(patch: pytest.MonkeyPatch, place: dict[str, str]) -> Settings:
+    """Settings of a place, for this process and its children."""
+    for name, value in place.items():
+        patch.setenv(name, value)
+    return Settings.load()
+
+
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, Killer]]:
     """The stack after the replay, still running."""
     home, base = tmp_path_factory.mktemp("loop"), free_ports()
-    os.environ |= {"PENSTOCK_HOME": str(home), "PENSTOCK_PORT_BASE": str(base), "PENSTOCK_ALLOW_EVENT_TIME": "true"}
-    with stack.running(Settings.load(), ("flights",)) as settings:
+    place = {"PENSTOCK_HOME": str(home), "PENSTOCK_PORT_BASE": str(base), "PENSTOCK_ALLOW_EVENT_TIME": "true"}
+    with pytest.MonkeyPatch.context() as patch, stack.running(at(patch, place), ("flights",)) as settings:
         waits = RetrainWait(settings, use_case, wiring.broker(settings), to_ms(FROM))
         killer = Killer(settings, waits)
         replay(settings, use_case, source_of("flights"), FROM, UNTIL, at_tick=killer, progress=False)

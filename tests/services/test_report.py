@@ -14,7 +14,7 @@ import pytest
 
 from services import report
 from services.baselines import Scores, constant_before, rate_before
-from services.replay_log import ReplayLog, freshness, quantiles, read_log, tick_times
+from services.replay_log import ReplayLog, as_of, freshness, quantiles, read_log, tick_times
 from services.report_page import nice, page
 from services.served import Examples, Prediction
 from tests.toy import use_case
@@ -168,6 +168,12 @@ def test_a_page_without_examples() -> None:
 def test_nice_covers(low: float, high: float) -> None:
     a, b = nice(low, high)
     assert a <= low <= high <= b
+
+
+def test_as_of_tells_what_the_windows_were_held_to() -> None:
+    ticks = [(0, 10, "tick"), (10, 20, ""), (20, 30, "request")]
+    instant = as_of([{"kind": "tick", "tick": a, "until": b, "held": held} for a, b, held in ticks])
+    assert [instant(t) for t in (-1, 0, 9, 10, 25, 30)] == [None, 0, 0, None, 25, None]
 
 
 def test_the_log_drops_a_line_cut_off(tmp_path: Path) -> None:
