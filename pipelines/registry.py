@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 FILES = "model"  # where in a run's artifacts a version's files are
 # An MLflow that does not answer is told in seconds, not in the minutes of its client's defaults.
 PATIENCE = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # it would fill logs"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # it would fill logs
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 @dataclass(frozen=True)
