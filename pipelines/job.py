@@ -15,20 +15,18 @@ class Recipe:
     """How to train.
 
     epochs : over the examples before the held-out part
-    rate : learning rate for one rank's batch; scaled by the number of ranks after the warm-up
-    finish_rate : the same for the last pass, over the held-out part and replayed examples
-    replay : replayed earlier examples per held-out one in the last pass
+    rate : learning rate for one rank's batch, multiplied by the ranks
+    finish_rate : the same for the last pass, over all examples
     batch : examples per rank and step
-    weight_decay : of weight matrices, embeddings excepted
-    warm_up : part of the steps in which the rate rises
+    weight_decay : of weight matrices, embeddings excepted; what is known is few days, and their rows are alike
+    warm_up : part of a pass in which the rate rises
     """
 
     epochs: int = 3
     rate: float = 1e-3
     finish_rate: float = 2.5e-4
-    replay: int = 4
     batch: int = 256
-    weight_decay: float = 0.01
+    weight_decay: float = 10.0
     warm_up: float = 0.1
 
     @classmethod
@@ -39,7 +37,7 @@ class Recipe:
     @classmethod
     def warm(cls) -> Recipe:
         """For a version that starts from the champion's weights."""
-        return cls(epochs=2, rate=5e-4)
+        return cls(epochs=1, rate=2.5e-4)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ class Net(nn.Module):
             width = size
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 1)
+        for last in (self.skip, self.head):  # random ones would be noise in every score until much has been learned
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def embed(self, numbers: Tensor, ids: Tensor) -> Tensor:
         """Everything a model reads as one vector per row."""

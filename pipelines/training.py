@@ -34,7 +34,7 @@ FIT, FINISH, DONE = "fit", "finish", "done"
 
 
 class Data:
-    """The examples a rank trains on: first those before the held-out part, then that part with replayed ones."""
+    """The examples a rank trains on: in the first phase those before the held-out part, in the last one all."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         examples = archive.load(job.files, job.inputs, job.range_from, job.cut)
@@ -43,18 +43,10 @@ class Data:
         self.fit, self.held = self.examples.take(slice(held_from)), self.examples.take(slice(held_from, None))
         arrays = (self.examples.numbers, self.examples.ids, self.examples.label)
         self.tensors = [torch.from_numpy(a).to(device) for a in arrays]
-        replayed = min(held_from, job.recipe.replay * len(self.held))
-        chosen = np.random.default_rng((job.seed, 1)).permutation(held_from)[:replayed]
-        held = np.arange(held_from, len(self.examples))
-        self._rows = {FIT: np.arange(held_from), FINISH: np.concatenate([chosen, held])}
-        self._samplers = {
+        self.samplers = {
             FIT: Sampler(held_from, job.recipe.batch, job.recipe.epochs, job.seed),
-            FINISH: Sampler(len(self._rows[FINISH]), job.recipe.batch, 1, job.seed + 1),
+            FINISH: Sampler(len(self.examples), job.recipe.batch, 1, job.seed + 1),
         }
-
-    def phase(self, name: str) -> tuple[np.ndarray[Any, Any], Sampler]:
-        """Rows of a phase and who shares them out."""
-        return self._rows[name], self._samplers[name]
 
 
 def learning_rate(recipe: Recipe, base: float, progress: float, world: int) -> float:
@@ -142,22 +134,24 @@ class Worker:
             self.model.normaliser.fit(newer, 1 - 0.5 ** (len(newer) / HALF_LIFE))
         else:
             self.model.normaliser.fit(self.data.fit.numbers)
+            rate = min(max(float(self.data.fit.label.mean()), 0.001), 0.999) if len(self.data.fit) else 0.5
+            torch.nn.init.constant_(self.model.head.bias, math.log(rate / (1 - rate)))
 
     def _pass(self, phase: str, base: float) -> None:
         """The steps of a phase that are left."""
-        state, (rows, sampler) = self.state, self.data.phase(phase)
+        state, sampler = self.state, self.data.samplers[phase]
         rank, world = hvd.rank(), hvd.size()
         epoch, steps = -1, 0
         self.model.train()
         while state.position < sampler.length:
             at, start, end = sampler.step(state.position, world)
             if at != epoch:
-                epoch, order = at, rows[sampler.order(at)]
+                epoch, order = at, sampler.order(at)
                 if rank == 0:
                     left = len(order) - start
                     say(f"{phase}, epoch {epoch + 1} of {sampler.epochs}: {left:,} examples on {world} ranks")
             share = sampler.share(order, start, end, rank, world)
-            torch.manual_seed(hash((self.job.seed, len(phase), state.position, rank)))
+            torch.manual_seed(hash((sampler.seed, state.position, rank)))
             self._step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
             self._record(f"{self.run} {phase} {epoch} {start}", share)
             state.position += end - start

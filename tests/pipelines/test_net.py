@@ -25,6 +25,8 @@ def fitted(seed: int = 0) -> net.Net:
     torch.manual_seed(seed)
     model = net.Net(INPUTS)
     model.normaliser.fit(example(500, 1)[0])
+    for last in (model.skip, model.head):
+        torch.nn.init.normal_(last.weight, std=0.1)
     return model
 
 

@@ -65,9 +65,7 @@ def assert_each_row_counts_once(job: Job, result: dict[str, object]) -> None:
     counts = counted_rows(job, result)
     for epoch in ("0", "1"):
         assert counts["fit", epoch] == Counter(fit)
-    last = counts["finish", "0"]
-    assert set(last.values()) == {1} and held <= set(last)
-    assert len(last) == len(held) + min(len(fit), 4 * len(held))
+    assert counts["finish", "0"] == Counter(fit | held)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -102,7 +100,7 @@ def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None
     assert_each_row_counts_once(job, result)
     evaluation = json.loads((tmp_path / "result/evaluation.json").read_text())
     assert evaluation["champion"] is None and evaluation["blocks"] == []
-    assert evaluation["auc"] > 0.75
+    assert evaluation["auc"] > 0.7
     model = OnnxModel.load(tmp_path / "result", "1")
     assert model.inputs == INPUTS
     assert result["ranks"] == 2 and result["examples"] == 3000
