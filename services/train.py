@@ -73,7 +73,7 @@ def train(settings: Settings, name: str, ranks: int) -> TrainResult:
             few = f"{total:,} examples before the cut {iso(cut)}, the first version waits for {use_case.min_examples:,}"
             return TrainResult(None, cut, f"{name}: {few}")
         folder = home / f"{name}-{cut}"
-        champion = _champion(registry, name, state, home)
+        champion = _champion(registry, name, state, settings.home / "models" / name)
         job = _job(settings, use_case, broker, champion, cut, folder)
         result = _run(job, folder, ranks)
         made = _register(registry, use_case, job, result)
@@ -127,12 +127,12 @@ def _job(
     )
 
 
-def _champion(registry: Registry, name: str, state: dict[str, Any], home: Path) -> Champion | None:
+def _champion(registry: Registry, name: str, state: dict[str, Any], models: Path) -> Champion | None:
     """What serves now, its files downloaded."""
     version = state.get("roles", {}).get("champion")
     if version is None:
         return None
-    folder = registry.download(name, version, home / f"{name}-versions")
+    folder = registry.download(name, version, models)
     return Champion(version, str(folder), int(state["versions"][version]["cut"]))
 
 
