@@ -272,6 +272,7 @@ def _network_env() -> dict[str, str]:
     for pip, uv in pip_to_uv.items():
         if env.get(pip) and uv not in env:
             env[uv] = env[pip]
+    env.setdefault("UV_SYSTEM_CERTS", "true")  # as pip does where its own configuration file names a certificate
     return env
 
 
