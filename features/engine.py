@@ -12,6 +12,7 @@ from features.contracts import Contract
 from features.errors import ConfigError
 from features.timers import Derived, Timers
 from features.usecase import UseCase
+from features.vectors import join_keys
 from features.windows import Batch, Columns, Ints, ViewRows, ViewWindows, compile_view, pack, unpack
 
 
@@ -42,7 +43,7 @@ class Engine:
         rules = {id(rule): rule for rule in use_case.timers.values()}
         self.timers = {key: Timers(rule) for key, rule in rules.items()}
         self.timer_of = {name: id(rule) for name, rule in use_case.timers.items()}
-        self.entities = {name: tuple(c.name for c in view.entity_columns) for name, view in self.views.items()}
+        self.entities = {name: join_keys(view) for name, view in self.views.items()}
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -212,6 +212,14 @@ asked = RequestSource(
 OVERDUE = tuple(view.name for view in overdue_views)
 DERIVED = (
     *(f"{name}_minutes" for name in OVERDUE),
+    *(f"{name}_average" for name in OVERDUE),
+    *(f"{name}_share" for name in ("overdue_all", "overdue_origin", "overdue_origin_carrier")),
+    "dep_all_trend",
+    "dep_origin_trend",
+    "dep_origin_late_evening",
+    "tail_short_min",
+    "tail_tight",
+    "tail_away_h",
     "tail_since_dep_h",
     "tail_since_arr_h",
     "tail_away",
@@ -252,24 +260,37 @@ def trip_now(row: dict[str, Any]) -> dict[str, Any]:
     for group in ("all", "origin", "carrier", "dest", "origin_carrier"):
         count = row[f"overdue_{group}_due_minute_count_12h"] or 0
         total = row[f"overdue_{group}_due_minute_sum_12h"] or 0.0
-        out[f"overdue_{group}_minutes"] = count * now / 60_000 - total
+        minutes = count * now / 60_000 - total
+        out[f"overdue_{group}_minutes"], out[f"overdue_{group}_average"] = minutes, minutes / max(1, count)
+        if group in ("all", "origin", "origin_carrier"):
+            out[f"overdue_{group}_share"] = count / (1 + (row[f"dep_{group}_dep_delay_count_1h"] or 0))
+    for group in ("all", "origin"):
+        hour, day = row[f"dep_{group}_dep_delay_mean_1h"], row[f"dep_{group}_dep_delay_mean_24h"]
+        out[f"dep_{group}_trend"] = None if hour is None or day is None else hour - day
     left, landed = row["tail_dep_time_last_24h"], row["tail_arr_time_last_24h"]
     back = landed is not None and left is not None and landed >= left
     out["tail_since_dep_h"] = None if left is None else (now - left) / 3_600_000
     out["tail_since_arr_h"] = None if landed is None else (now - landed) / 3_600_000
     out["tail_away"] = None if left is None else float(landed is None or landed < left)
-    out["tail_slack_min"] = (due - landed - (landed - left)) / 60_000 if back else None
+    slack = (due - landed - (landed - left)) / 60_000 if back else None  # the way back takes as long as the way out
+    out["tail_slack_min"] = slack
+    out["tail_short_min"] = None if slack is None else max(0.0, 60 - slack)
+    out["tail_tight"] = None if slack is None else float(slack < 30)
+    out["tail_away_h"] = out["tail_since_dep_h"] if out["tail_away"] else 0.0
     for name, reading in (("temp", "temp"), ("wind", "wind_speed"), ("pressure", "pressure"), ("visib", "visib")):
         last, mean = row[f"weather_{reading}_last_6h"], row[f"weather_{reading}_mean_3h"]
         out[f"{name}_change"] = None if last is None or mean is None else last - mean
     minute = local.hour + local.minute / 60
     out["air_hours"] = (row["sched_arr"] - due) / 3_600_000
+    late = row["dep_origin_late_mean_3h"] or 0.0
+    out["dep_origin_late_evening"] = math.cos(math.pi * minute / 12) * late
     out["hour_sin"], out["hour_cos"] = math.sin(math.pi * minute / 12), math.cos(math.pi * minute / 12)
     return out
 
 
+# Counts over a week and more tell how long the stream has run, air_hours is distance again.
 # Instants are read through `trip_now`; temperature and pressure tell the season, and a model of one month learns that.
-NOT_NUMBERS = {"tail_dep_time_last_24h", "tail_arr_time_last_24h"} | {
+NOT_NUMBERS = {"tail_dep_time_last_24h", "tail_arr_time_last_24h", "air_hours"} | {
     f"weather_{name}_{value}" for name in ("temp", "dewp", "humid", "pressure") for value in ("last_6h", "mean_3h")
 }
 numbers = tuple(
@@ -279,7 +300,7 @@ numbers = tuple(
         *DERIVED,
         "distance",
     )
-    if name not in NOT_NUMBERS
+    if name not in NOT_NUMBERS and not name.endswith(("_count_7d", "_count_60d"))
 )
 
 flights_v1 = FeatureService(name="flights_v1", features=[*views, trip_now])

@@ -12,6 +12,7 @@ from typing import Any
 from features.engine import Applied, column
 from features.timers import Timers
 from features.usecase import UseCase
+from features.vectors import join_keys
 from features.windows import Aggregate, compile_view
 
 
@@ -24,7 +25,7 @@ def brute_force(
     """
     view = next(v for v in use_case.views if v.name == view_name)
     rows = _rows(use_case, view, [e for e in events if e.applied < at], at)
-    entities = [c.name for c in view.entity_columns]
+    entities = join_keys(view)
     mine = [(time, row) for time, row in rows if [row[e] for e in entities] == list(key)]
     return {a.name: _value(a, mine, at) for a in compile_view(view)}
 

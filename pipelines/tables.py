@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from features.usecase import UseCase
+from features.vectors import join_keys
 
 MS = pa.timestamp("ms", tz="UTC")
 TYPES = {"String": pa.string(), "Int64": pa.int64(), "Float64": pa.float64(), "Bool": pa.bool_()}
@@ -35,7 +36,7 @@ def arrow_type(dtype: Any) -> pa.DataType:
 def view_schema(use_case: UseCase, view_name: str) -> pa.Schema:
     """Entity keys, the instant from which the row holds, the view's features."""
     view = next(v for v in use_case.views if v.name == view_name)
-    keys = [(c.name, arrow_type(c.dtype)) for c in view.entity_columns]
+    keys = [(c.name, arrow_type(c.dtype)) for c in view.entity_columns if c.name in join_keys(view)]
     return pa.schema([*keys, ("event_timestamp", MS), *((f.name, arrow_type(f.dtype)) for f in view.features)])
 
 

@@ -14,7 +14,7 @@ from features.contracts import Contract, Invalid
 from features.engine import Applied, column
 from features.oracle import brute_force
 from features.usecase import UseCase
-from features.vectors import Vectorizer
+from features.vectors import Vectorizer, join_keys
 from features.windows import compile_view
 from pipelines.broker import Broker, clock_of
 from services.served import Prediction
@@ -66,7 +66,7 @@ class Recomputation:
         return self.vectorizer.assemble(keys, fields, prediction.event_time, rows).features
 
     def _row(self, view: Any, keys: Mapping[str, Any], as_of: int) -> dict[str, Any]:
-        key = tuple(keys.get(c.name) for c in view.entity_columns)
+        key = tuple(map(keys.get, join_keys(view)))
         near = self.events[view.name].get(key, [])
         first = bisect_left(near, as_of - self.reach[view.name], key=lambda event: event.time)
         last = bisect_left(near, as_of, key=lambda event: event.time)
@@ -77,7 +77,7 @@ class Recomputation:
         rule = self.use_case.timers.get(view.name)
         contract = self.use_case.event_topics[view.stream_source.kafka_options.topic]
         own = [e for e in events if e.contract in (rule.events if rule else (contract.name,))]
-        names = [c.name for c in view.entity_columns]
+        names = join_keys(view)
         if rule:
             columns = {name: [getattr(e.value, name) for e in own] for name in names}
         else:
