@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import prometheus_client  # noqa: F401  before Feast, which has it keep its values in files that processes share
 import pytest
 
 from services.settings import PORTS, Settings

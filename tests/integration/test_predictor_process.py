@@ -113,6 +113,7 @@ def predictor(kafka: str, tmp_path: Path) -> Iterator[Process]:
         for version in ("1", "2"):
             save_model(tmp_path / "models" / process.name / version, bias=float(version))
         yield process
+        process.broker.close()
         if process.process and process.process.poll() is None:
             process.stop(signal.SIGKILL)
 
