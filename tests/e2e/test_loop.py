@@ -173,6 +173,7 @@ def test_bad_events_are_on_the_rejected_topic(loop: tuple[Settings, Killer]) -> 
     producer = broker.producer()
     producer.send([Message("flights.departed", value, reason.encode(), 0, (), now) for reason, value in bad.items()])
     producer.flush()
+    producer.close()
 
     end = UNTIL + timedelta(hours=1)
     replay(settings, use_case, source_of("flights"), FROM, end, progress=False)  # what is late is known when time moves
