@@ -66,7 +66,7 @@ class Intake:
         self.partitions = {tp: Partition(contract) for tp, contract in inputs.items()}
         self.seen = {contract.name: Seen() for contract in inputs.values()}
         self.topics = {topic: i for i, topic in enumerate(sorted({topic for topic, _ in inputs}))}
-        self.pending: list[tuple[int, int, int, int, Record]] = []
+        self.pending: list[tuple[int, int, int, int, Record, Any]] = []
         self.watermark = 0
         self.counts: Counter[str] = Counter()
 
@@ -82,8 +82,8 @@ class Intake:
         self._move(idle, quiet_ms)
         due = []
         while self.pending and self.pending[0][0] < self.watermark:
-            applied, _, _, _, record = heapq.heappop(self.pending)
-            due.append(self._event(record, applied))
+            applied, _, _, _, record, value = heapq.heappop(self.pending)
+            due.append(self._event(record, value, applied))
         return due, refused
 
     def _take(self, record: Record) -> Refused | None:
@@ -105,8 +105,13 @@ class Intake:
             self.counts["counted_late"] += 1
             applied = max(self.watermark, partition.watermark)
         partition.seen = max(partition.seen, time - _ms(contract.out_of_orderness))
-        heapq.heappush(self.pending, (applied, self.topics[record.topic], record.partition, record.offset, record))
+        self._wait(applied, record, value)
         return None
+
+    def _wait(self, applied: int, record: Record, value: Any) -> None:
+        """Keep an event until `applied` is behind the watermark; equal instants go by topic, partition and offset."""
+        place = (applied, self.topics[record.topic], record.partition, record.offset)
+        heapq.heappush(self.pending, (*place, record, value))
 
     def _check(self, record: Record, contract: Contract, value: Any, partition: Partition) -> None:
         time = contract.time_of(value)
@@ -125,9 +130,8 @@ class Intake:
         elif newest := max(p.watermark for p in self.partitions.values()):
             self.watermark = max(self.watermark, newest + quiet_ms)
 
-    def _event(self, record: Record, applied: int) -> Event:
+    def _event(self, record: Record, value: Any, applied: int) -> Event:
         contract = self.partitions[record.topic, record.partition].contract
-        value = contract.decode(record.value)
         time = contract.time_of(value)
         return Event(contract, value, time, applied, record.partition, record.offset, record.headers, record)
 
@@ -136,7 +140,7 @@ class Intake:
             "watermark": self.watermark,
             "partitions": [[t, p, s.seen, s.clock] for (t, p), s in self.partitions.items()],
             "seen": {name: list(s.order) for name, s in self.seen.items()},
-            "pending": [[applied, *pack_record(item[-1])] for item in self.pending for applied in item[:1]],
+            "pending": [[applied, *pack_record(record)] for applied, _, _, _, record, _ in self.pending],
             "counts": dict(self.counts),
         }
 
@@ -149,8 +153,8 @@ class Intake:
             self.seen[name] = Seen({id for _, id in order}, deque((time, id) for time, id in order))
         for applied, *packed in data["pending"]:
             record = unpack_record(packed)
-            key = (applied, self.topics[record.topic], record.partition, record.offset, record)
-            heapq.heappush(self.pending, key)
+            contract = self.partitions[record.topic, record.partition].contract
+            self._wait(applied, record, contract.decode(record.value))
 
 
 def pack_record(record: Record) -> list[Any]:
