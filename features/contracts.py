@@ -12,6 +12,7 @@ features.contracts.Invalid: invalid: Object missing required field `user`
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ import msgspec
 from features.errors import ConfigError, PenstockError
 
 MAX_TIME = 253_402_300_800_000  # epoch ms of the year 10000
+INTEGER = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
+KINDS: dict[Any, Any] = {int: INTEGER, "time": INTEGER | Annotated[datetime, msgspec.Meta(tz=True)]}
 
 
 class Invalid(PenstockError):
@@ -73,7 +76,7 @@ class Contract:
     version: int = 1
 
     def __post_init__(self) -> None:
-        names = [f.name for f in self.fields]
+        names = self.names
         if len(set(names)) != len(names):
             raise ConfigError(f"contract {self.name}: field names must be unique, got {names}")
         for what in (self.time, self.id):
@@ -81,6 +84,10 @@ class Contract:
                 raise ConfigError(f"contract {self.name}: {what!r} is not one of its fields {names}")
         if self._field(self.time).type != "time":
             raise ConfigError(f"contract {self.name}: the time field {self.time!r} must have type 'time'")
+
+    @property
+    def names(self) -> list[str]:
+        return [f.name for f in self.fields]
 
     def _field(self, name: str) -> Field:
         return next(f for f in self.fields if f.name == name)
@@ -90,7 +97,7 @@ class Contract:
         """The msgspec type that records decode to; times are checked by `decode`."""
 
         def kind(f: Field) -> Any:
-            t = f.type if f.type != "time" else int | Annotated[datetime, msgspec.Meta(tz=True)]
+            t = KINDS.get(f.type, f.type)
             return t | None if f.optional else t
 
         required = [(f.name, kind(f)) for f in self.fields if not f.optional]
@@ -121,15 +128,35 @@ class Contract:
             raise Invalid("invalid", str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Invalid("malformed", str(error)) from None
-        for name in self._times:
-            at = getattr(value, name)
-            if at is not None:
-                setattr(value, name, epoch_ms(at, name))
-        for name in self._floats:
-            number = getattr(value, name)
-            if number is not None and not math.isfinite(number):
-                raise Invalid("invalid", f"{name} is not a finite number")
+        self._settle([value])
         return value
+
+    def decode_many(self, raws: Sequence[bytes | None]) -> list[Any]:
+        """What `decode` gives for each record, or the Invalid it raises; in one go when all are well."""
+        if all(raw and len(raw) <= self.max_bytes and raw[:1] == b"{" and raw[-1:] == b"}" for raw in raws):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, Invalid):
+                values = self._decoder.decode_lines(b"\n".join(raws))  # type: ignore[arg-type]
+                if len(values) == len(raws):  # no value spans two records: none is valid with `}` before `{` inside
+                    self._settle(values)
+                    return values
+        return [self._tried(raw) for raw in raws]
+
+    def _tried(self, raw: bytes | None) -> Any:
+        try:
+            return self.decode(raw)
+        except Invalid as invalid:
+            return invalid
+
+    def _settle(self, values: Sequence[Any]) -> None:
+        """Times as epoch ms, and floats checked, in place; raises Invalid."""
+        for name in self._times:
+            for value in values:
+                at = getattr(value, name)
+                if at is not None:
+                    setattr(value, name, epoch_ms(at, name))
+        for name in self._floats:
+            if not all(math.isfinite(getattr(value, name) or 0.0) for value in values):
+                raise Invalid("invalid", f"{name} is not a finite number")
 
     def time_of(self, value: Any) -> int:
         """Event time in epoch ms."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from features.columns import Coder, Prepared, Source, Udf, kind_of
 from features.contracts import Contract
 from features.errors import ConfigError
-from features.timers import Derived, Timers
+from features.kernel import Input, Ints
+from features.timers import DUE, KEY, ROW, UNTIL, Derived, Operations, Timers
 from features.usecase import UseCase
 from features.vectors import join_keys
-from features.windows import Batch, Columns, Ints, ViewRows, ViewWindows, compile_view, pack, unpack
+from features.windows import ViewRows, ViewWindows, compile_view, pack, unpack
+
+MIXABLE = ("count", "sum", "mean", "std")  # what a row taken back can leave again
 
 
 class Applied(NamedTuple):
@@ -25,6 +30,63 @@ class Applied(NamedTuple):
     applied: int
 
 
+@dataclass(slots=True)
+class Events:
+    """Events in the order they count.
+
+    names : of contracts; kind : [n] which of them each event is of
+    values : structs; times, applied : [n] epoch ms
+    """
+
+    names: tuple[str, ...]
+    kind: Ints
+    values: list[Any]
+    times: Ints
+    applied: Ints
+
+    @classmethod
+    def of(cls, events: Sequence[Applied]) -> Events:
+        names = tuple(sorted({e.contract for e in events}))
+        kind = np.array([names.index(e.contract) for e in events], np.int64)
+        times, applied = (np.array([e[i] for e in events], np.int64) for i in (2, 3))
+        return cls(names, kind, [e.value for e in events], times, applied)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def where(self, name: str) -> Ints:
+        """Positions of a contract's events."""
+        return np.flatnonzero(self.kind == self.names.index(name)) if name in self.names else np.zeros(0, np.int64)
+
+    def take(self, keep: NDArray[np.bool_]) -> Events:
+        values = [self.values[i] for i in np.flatnonzero(keep).tolist()]
+        return Events(self.names, self.kind[keep], values, self.times[keep], self.applied[keep])
+
+
+class Refusal(NamedTuple):
+    """An event the engine can't use: its position, and why."""
+
+    position: int
+    reason: str
+    detail: str
+
+
+class Part(NamedTuple):
+    """One contract's events: their positions among all, and their columns."""
+
+    positions: Ints
+    source: Source
+
+
+class _View(NamedTuple):
+    name: str
+    contract: Contract
+    udf: Udf | None
+    keys: tuple[str, ...]
+    windows: ViewWindows
+    rule: int | None
+
+
 class Engine:
     """The stream feature views of a use case, executed.
 
@@ -33,115 +95,219 @@ class Engine:
     """
 
     def __init__(self, use_case: UseCase) -> None:
-        self.views = {view.name: view for view in use_case.views}
-        self.source = {name: _contract_of(view, use_case.event_topics) for name, view in self.views.items()}
         self.contracts = {c.name: c for c in use_case.contracts}
-        self.windows = {
-            name: ViewWindows(compile_view(view), {f.name: f.decimals or 0 for f in self.source[name].fields})
-            for name, view in self.views.items()
-        }
-        rules = {id(rule): rule for rule in use_case.timers.values()}
-        self.timers = {key: Timers(rule) for key, rule in rules.items()}
-        self.timer_of = {name: id(rule) for name, rule in use_case.timers.items()}
-        self.entities = {name: join_keys(view) for name, view in self.views.items()}
+        self.coder = Coder()
+        self.rules = list({id(rule): rule for rule in use_case.timers.values()}.values())
+        self.views = [self._view(view, use_case) for view in use_case.views]
+        self.row_of = [self._row_of(i) for i in range(len(self.rules))]
+        self.timers = [Timers(rule, len(row)) for rule, row in zip(self.rules, self.row_of, strict=True)]
+
+    def _view(self, view: Any, use_case: UseCase) -> _View:
+        contract, keys = _contract_of(view, use_case.event_topics), join_keys(view)
+        aggregates, rule = compile_view(view), use_case.timers.get(view.name)
+        udf = view.udf
+        if rule:
+            contract, udf = next((self.contracts[name], at) for name, at in rule.at.items())
+            if wrong := [a.name for a in aggregates if a.function not in MIXABLE]:
+                raise ConfigError(
+                    f"view {view.name}: {wrong[0]!r}: of rows that timers take back only {', '.join(MIXABLE)}"
+                )
+        columns = Prepared(Source(contract, []), udf, Coder(), {})
+        kinds = {a.column: kind_of(columns.column(a.column)) for a in aggregates}
+        decimals = _decimals(contract)
+        windows = ViewWindows(aggregates, len(keys), kinds, decimals)
+        for f in contract.fields:
+            if f.name in windows.summed and f.type is float and f.decimals is None and f.name not in columns.derived:
+                raise ConfigError(f"view {view.name} sums {f.name!r}: give that field of {contract.name} `decimals`")
+        return _View(view.name, contract, udf, keys, windows, self.rules.index(rule) if rule else None)
+
+    def _row_of(self, rule: int) -> list[tuple[str, str]]:
+        """What a timer's row holds: entity codes and columns of every view it feeds."""
+        views = [v for v in self.views if v.rule == rule]
+        return sorted({*((k, KEY) for v in views for k in v.keys), *(read for v in views for read in v.windows.reads)})
+
+    @property
+    def windows(self) -> dict[str, ViewWindows]:
+        return {view.name: view.windows for view in self.views}
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What a snapshot's arrays mean; another plan can't read them."""
-        return {name: [repr(a) for a in w.aggregates] for name, w in sorted(self.windows.items())}
+        """View name -> its aggregations; a stored state of another plan of the view can't be read."""
+        return {view.name: [repr(a) for a in view.windows.aggregates] for view in self.views}
 
-    def too_late(self, event: Applied) -> bool:
-        """Whether a late event lies outside every window that could count it."""
-        if event.applied == event.time:
-            return False
-        times = np.array([event.time], np.int64)
-        reading = [w for name, w in self.windows.items() if event.contract in self._read_by(name)]
-        return all(w.expiry(times).max() <= event.applied + 1 for w in reading)
+    def advance(self, events: Events, watermark: int) -> tuple[dict[str, ViewRows], list[Refusal]]:
+        """Apply events with `applied` < watermark, and time up to it.
 
-    def _read_by(self, view: str) -> tuple[str, ...]:
-        """Names of the contracts whose events reach a view."""
-        return self.timers[self.timer_of[view]].rule.events if view in self.timer_of else (self.source[view].name,)
-
-    def advance(self, events: Sequence[Applied], watermark: int) -> dict[str, ViewRows]:
-        """View name -> changed rows, ordered by (key, time)."""
-        columns = {
-            name: self._columns(c, [e for e in events if e.contract == name]) for name, c in self.contracts.items()
-        }
-        derived = {key: self._derived(timers, events, watermark) for key, timers in self.timers.items()}
+        Returns
+        -------
+        view name -> changed rows in time order; the events that could not be used
+        """
+        if self.coder.full:
+            self.coder.sweep(self._codes())
+        refused = self._too_late(events)
+        kept, positions = self._without(events, refused)
+        parts, prepared = self._prepare(kept)
+        if bad := self._unusable(parts, prepared):
+            refused += [Refusal(int(positions[i]), "invalid", detail) for i, detail in bad.items()]
+            kept, _ = self._without(events, refused)
+            parts, prepared = self._prepare(kept)
+        derived = [self._run_timers(i, kept, parts, prepared, watermark) for i in range(len(self.timers))]
         changed = {}
-        for name, windows in self.windows.items():
-            if name in self.timer_of:
-                batch = self._timer_batch(name, derived[self.timer_of[name]])
+        for view in self.views:
+            if view.rule is not None:
+                batch = self._derived_input(view, derived[view.rule])
             else:
-                batch = self._batch(name, *columns[self.source[name].name])
-            rows = windows.advance(batch, watermark)
+                batch = self._input(view, kept, parts, prepared)
+            rows = view.windows.advance(batch, watermark, self.coder.decode)
             if rows is not None:
-                changed[name] = rows
-        return changed
+                changed[view.name] = rows
+        return changed, refused
 
-    def _columns(self, contract: Contract, events: Sequence[Applied]) -> tuple[Columns, Ints, Ints]:
-        columns: Columns = {}
-        for f in contract.fields if events else ():
-            values = [getattr(e.value, f.name) for e in events]
-            columns[f.name] = column(values, f.type, f.optional)
-        times = np.array([e.time for e in events], np.int64)
-        return columns, times, np.array([e.applied for e in events], np.int64)
+    def _too_late(self, events: Events) -> list[Refusal]:
+        """Late events that lie outside every window that could count them."""
+        late = events.applied != events.times
+        if not late.any():
+            return []
+        gone = np.zeros(len(events), bool)
+        for name, contract in self.contracts.items():
+            at = np.intersect1d(events.where(name), np.flatnonzero(late))
+            reading = [v for v in self.views if contract.name in self._heard_by(v)]
+            if len(at) and reading:
+                leaves = np.max([v.windows.expiry(events.times[at]) for v in reading], axis=0)
+                gone[at] = leaves <= events.applied[at] + 1
+        return [Refusal(i, "late", "older than every window") for i in np.flatnonzero(gone).tolist()]
 
-    def _batch(self, name: str, columns: Columns, times: Ints, applied: Ints) -> Batch | None:
-        if not len(times):
+    def _heard_by(self, view: _View) -> tuple[str, ...]:
+        return (view.contract.name,) if view.rule is None else self.rules[view.rule].events
+
+    @staticmethod
+    def _without(events: Events, refused: Sequence[Refusal]) -> tuple[Events, Ints]:
+        """The other events, and their positions."""
+        if not refused:
+            return events, np.arange(len(events))
+        keep = np.ones(len(events), bool)
+        keep[[r.position for r in refused]] = False
+        return events.take(keep), np.flatnonzero(keep)
+
+    def _prepare(self, events: Events) -> tuple[dict[str, Part], dict[tuple[str, Udf | None], Prepared]]:
+        """Columns by contract, and by (contract, function of its columns)."""
+        parts = {}
+        for name, contract in self.contracts.items():
+            at = events.where(name)
+            if len(at):
+                values = events.values if len(at) == len(events) else [events.values[i] for i in at.tolist()]
+                parts[name] = Part(at, Source(contract, values))
+        wanted = {(v.contract.name, v.udf) for v in self.views if v.rule is None}
+        wanted |= {(name, at) for rule in self.rules for name, at in rule.at.items()}
+        prepared = {
+            (name, udf): Prepared(parts[name].source, udf, self.coder, _decimals(self.contracts[name]))
+            for name, udf in wanted
+            if name in parts
+        }
+        return parts, prepared
+
+    def _unusable(self, parts: dict[str, Part], prepared: dict[tuple[str, Udf | None], Prepared]) -> dict[int, str]:
+        """Position -> why, of events with numbers that can't be summed."""
+        for view in self.views:
+            if made := prepared.get((view.contract.name, view.udf)):
+                for name, mode in view.windows.reads:
+                    made.read(name, mode)
+        bad: dict[int, str] = {}
+        for (name, _), made in prepared.items():
+            bad |= {int(parts[name].positions[i]): why for i, why in made.refused.items()}
+        return bad
+
+    def _input(
+        self,
+        view: _View,
+        events: Events,
+        parts: dict[str, Part],
+        prepared: dict[tuple[str, Udf | None], Prepared],
+    ) -> Input | None:
+        part = parts.get(view.contract.name)
+        if part is None:
             return None
-        udf = self.views[name].udf
-        if udf:
-            columns = columns | {k: np.asarray(v) for k, v in udf(columns).items()}
-        sign = np.ones(len(times), np.int64)
-        return _keyed(self.entities[name], Batch([], times, applied, sign, columns))
+        made, n = prepared[view.contract.name, view.udf], len(part.positions)
+        columns = [made.read(name, mode) for name, mode in view.windows.reads]
+        applied = events.applied[part.positions] + 1
+        return Input(
+            made.matrix(view.keys), applied, events.times[part.positions], np.ones(n, np.int64), np.array(columns)
+        )
 
-    def _derived(self, timers: Timers, events: Sequence[Applied], watermark: int) -> list[Derived]:
-        heard = [(e.applied, e.contract, e.value) for e in events if e.contract in timers.rule.events]
-        return timers.run(heard, watermark)
-
-    def _timer_batch(self, name: str, made: Sequence[Derived]) -> Batch | None:
-        if not made:
+    def _derived_input(self, view: _View, made: Derived) -> Input | None:
+        if not len(made.times):
             return None
-        columns = {k: column([d.row[k] for d in made], object, True) for k in made[0].row}
-        times, applied, sign = (np.array([d[i] for d in made], np.int64) for i in range(3))
-        return _keyed(self.entities[name], Batch([], times, applied, sign, columns))
+        assert view.rule is not None
+        row = self.row_of[view.rule]
+        codes = made.rows[:, [row.index((k, KEY)) for k in view.keys]]
+        columns = made.rows[:, [row.index(read) for read in view.windows.reads]].T
+        return Input(
+            np.ascontiguousarray(codes), made.applied + 1, made.times, made.sign, np.ascontiguousarray(columns)
+        )
+
+    def _run_timers(
+        self,
+        i: int,
+        events: Events,
+        parts: dict[str, Part],
+        prepared: dict[tuple[str, Udf | None], Prepared],
+        mark: int,
+    ) -> Derived:
+        rule, row = self.rules[i], self.row_of[i]
+        found: list[tuple[Ints, Operations]] = []
+        for name, field in rule.cancel.items():
+            if name in parts:
+                found.append((parts[name].positions, self._cancels(parts[name], field, len(row), events)))
+        for name, at in rule.at.items():
+            if name in parts:
+                found.append((parts[name].positions, self._sets(parts[name], prepared[name, at], row, events)))
+        order = np.argsort(np.concatenate([p for p, _ in found]), kind="stable") if found else np.zeros(0, np.int64)
+        if found:
+            merged = Operations(*(np.concatenate([op[k] for _, op in found])[order] for k in range(5)))
+        else:
+            none = np.zeros(0, np.int64)
+            merged = Operations(none, none, none, none, np.zeros((0, len(row)), np.int64))
+        return self.timers[i].run(merged, mark, self.coder.used)
+
+    def _cancels(self, part: Part, field: str, width: int, events: Events) -> Operations:
+        keys = self.coder.encode(part.source[field].tolist())
+        none = np.full(len(keys), -1, np.int64)
+        return Operations(keys, events.applied[part.positions], none, none, np.zeros((len(keys), width), np.int64))
+
+    def _sets(self, part: Part, made: Prepared, row: Sequence[tuple[str, str]], events: Events) -> Operations:
+        due, until = (made.column(name).astype(np.int64) for name in (DUE, UNTIL))
+        columns = [made.codes(name) if mode == KEY else made.read(name, mode) for name, mode in row]
+        return Operations(made.codes(KEY), events.applied[part.positions], due, until, np.array(columns).T)
+
+    def _codes(self) -> Iterator[Ints]:
+        """Every code the state refers to."""
+        for view in self.views:
+            yield view.windows.texts
+        for timers, row in zip(self.timers, self.row_of, strict=True):
+            live = timers.live
+            yield np.flatnonzero(timers.by_key >= 0)
+            for j, (_, mode) in enumerate(row):
+                if mode == KEY:
+                    yield live[:, ROW + j]
 
     def snapshot(self) -> bytes:
-        """The whole state; only `restore` of an engine with the same plan reads it."""
-        timers = [t.snapshot() for t in self.timers.values()]
-        return pack({"views": {name: w.snapshot() for name, w in self.windows.items()}, "timers": timers})
+        """The whole state; `restore` of an engine with the same views reads it."""
+        views = {view.name: view.windows.snapshot() for view in self.views}
+        return pack({"views": views, "timers": [t.snapshot() for t in self.timers], "codes": self.coder.snapshot()})
 
     def restore(self, data: bytes) -> None:
+        """Continue from a snapshot; a view it does not have starts empty."""
         state = unpack(data)
-        for name, windows in self.windows.items():
-            windows.restore(state["views"][name])
-        for timers, saved in zip(self.timers.values(), state["timers"], strict=True):
+        self.coder.restore(state["codes"])
+        for view in self.views:
+            if view.name in state["views"]:
+                view.windows.restore(state["views"][view.name])
+        for timers, saved in zip(self.timers, state["timers"], strict=True):
             timers.restore(saved)
 
 
-def column(values: list[Any], kind: Any, optional: bool) -> NDArray[Any]:
-    """Values of one field as an array: int64, float64 with NaN for null, or objects with None."""
-    if kind in (int, bool, "time", float):
-        if not optional:
-            return np.array(values, np.float64 if kind is float else np.int64)
-        return np.array([np.nan if v is None else v for v in values], np.float64)
-    out = np.empty(len(values), object)
-    out[:] = values
-    return out
-
-
-def _keyed(entities: Sequence[str], batch: Batch) -> Batch | None:
-    """The batch with its entity keys; events with a null key belong to no entity and are left out."""
-    columns = [batch.columns[e].tolist() for e in entities]
-    batch.keys = list(zip(*columns, strict=True)) if columns else [()] * len(batch.times)
-    keep = [None not in key for key in batch.keys]
-    if all(keep):
-        return batch
-    mask = np.array(keep)
-    keys = [k for k, ok in zip(batch.keys, keep, strict=True) if ok]
-    columns_left = {n: c[mask] for n, c in batch.columns.items()}
-    return Batch(keys, batch.times[mask], batch.applied[mask], batch.sign[mask], columns_left)
+def _decimals(contract: Contract) -> dict[str, int]:
+    return {f.name: f.decimals for f in contract.fields if f.decimals is not None}
 
 
 def _contract_of(view: Any, contracts: dict[str, Contract]) -> Contract:

@@ -12,11 +12,11 @@ from feast import Field as FeastField
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Float64, Int64, String
 
+from features.columns import Columns
 from features.contracts import Contract, Field
-from features.timers import TimerRule, Timers
+from features.timers import TimerRule
 from features.usecase import Category, Label, ModelInputs, UseCase
 from features.views import entity, over, stream_view
-from features.windows import Columns
 
 LATE = 15  # minutes
 HOUR = 3_600_000
@@ -116,18 +116,10 @@ def overdue(name: str, keys: list[Entity]) -> StreamFeatureView:
     return stream_view(name, keys, scheduled, "flights", over(name, "due_minute", ("count", "sum"), (12,)))
 
 
-def overdue_timers(event: str, value: Any, timers: Timers) -> None:
+def overdue_from(columns: Columns) -> Columns:
     """A flight is overdue from its schedule until it leaves, for 6 hours at most."""
-    if event == "departed":
-        timers.cancel(value.flight_id)
-        return
-    row = {
-        "origin": value.origin,
-        "carrier": value.carrier,
-        "dest": value.dest,
-        "due_minute": value.sched_dep // 60_000,
-    }
-    timers.at(value.sched_dep, value.flight_id, row, until=value.sched_dep + 6 * HOUR)
+    due = columns["sched_dep"]
+    return {"key": columns["flight_id"], "due": due, "until": due + 6 * HOUR, "due_minute": due // 60_000}
 
 
 overdue_views = (
@@ -314,7 +306,7 @@ use_case = UseCase(
     views=views,
     on_demand=(trip_now,),
     service=flights_v1,
-    timers=dict.fromkeys(OVERDUE, TimerRule(("scheduled", "departed"), overdue_timers)),
+    timers=dict.fromkeys(OVERDUE, TimerRule({"scheduled": overdue_from}, {"departed": "flight_id"})),
     label=Label("arrived", "flight_id", lambda arrival: float(arrival.arr_delay > LATE), wait=timedelta(hours=36)),
     inputs=ModelInputs(
         numbers,

@@ -9,11 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from features.engine import Applied, column
-from features.timers import Timers
+from features.columns import Source
+from features.engine import Applied
+from features.timers import TimerRule
 from features.usecase import UseCase
 from features.vectors import join_keys
 from features.windows import Aggregate, compile_view
+
+Row = dict[str, Any]
 
 
 def brute_force(
@@ -30,33 +33,51 @@ def brute_force(
     return {a.name: _value(a, mine, at) for a in compile_view(view)}
 
 
-def _rows(use_case: UseCase, view: Any, events: Sequence[Applied], at: int) -> list[tuple[int, dict[str, Any]]]:
+def _rows(use_case: UseCase, view: Any, events: Sequence[Applied], at: int) -> list[tuple[int, Row]]:
     """(event time, columns) of every event the view has seen and not taken back."""
     if rule := use_case.timers.get(view.name):
-        heard = [(e.applied, e.contract, e.value) for e in events if e.contract in rule.events]
-        rows: list[tuple[int, dict[str, Any]]] = []
-        for made in Timers(rule).run(heard, at):
-            if made.sign > 0:
-                rows.append((made.time, made.row))
-            else:
-                rows.remove((made.time, made.row))
-        return rows
+        return _inside(use_case, rule, events, at)
     contract = use_case.event_topics[view.stream_source.kafka_options.topic]
     own = [e for e in events if e.contract == contract.name]
+    return [(e.time, row) for e, row in zip(own, _columns(use_case, contract.name, view.udf, own), strict=True)]
+
+
+def _columns(use_case: UseCase, contract: str, udf: Any, own: Sequence[Applied]) -> list[Row]:
+    """The columns of each event of one contract."""
     if not own:
         return []
-    columns = {f.name: column([getattr(e.value, f.name) for e in own], f.type, f.optional) for f in contract.fields}
-    if view.udf:
-        columns |= view.udf(columns)
-    return [(e.time, {n: c[i] for n, c in columns.items()}) for i, e in enumerate(own)]
+    source = Source(use_case.contract(contract), [e.value for e in own])
+    columns = {name: source[name] for name in use_case.contract(contract).names} | (udf(source) if udf else {})
+    return [{n: c[i] for n, c in columns.items()} for i in range(len(own))]
+
+
+def _inside(use_case: UseCase, rule: TimerRule, events: Sequence[Applied], at: int) -> list[tuple[int, Row]]:
+    """The rows of timers that have begun before `at` and have not ended by then."""
+    heard = [e for e in events if e.contract in rule.events]
+    set_rows: dict[int, Row] = {}
+    for name, make in rule.at.items():
+        own = [i for i, e in enumerate(heard) if e.contract == name]
+        rows = _columns(use_case, name, make, [heard[i] for i in own])
+        set_rows |= dict(zip(own, rows, strict=True))
+    keys = [
+        set_rows[i]["key"] if i in set_rows else getattr(e.value, rule.cancel[e.contract]) for i, e in enumerate(heard)
+    ]
+    found = []
+    for i, row in set_rows.items():
+        stopped = next((heard[j].applied for j in range(i + 1, len(heard)) if keys[j] == keys[i]), at)
+        start = max(int(row["due"]), heard[i].applied)
+        end = min(max(int(row["until"]), start + 1), stopped)
+        if keys[i] is not None and start < min(stopped, at) and not end < at:
+            found.append((start, row))
+    return found
 
 
 def _value(a: Aggregate, rows: Sequence[tuple[int, Mapping[str, Any]]], at: int) -> Any:
     since = (at - a.window) // a.slide * a.slide
     inside = sorted((time, i) for i, (time, _) in enumerate(rows) if since <= time < at)
     values = [v for _, i in inside if (v := rows[i][1][a.column]) is not None and v == v]
-    if a.function == "count":
-        return len(values)
+    if a.function in ("count", "count_distinct"):
+        return len(values if a.function == "count" else set(values))
     if a.function == "sum":
         return math.fsum(values)
     if a.function == "mean":
@@ -66,6 +87,8 @@ def _value(a: Aggregate, rows: Sequence[tuple[int, Mapping[str, Any]]], at: int)
             return None
         mean = math.fsum(values) / len(values)
         return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    if a.function in ("min", "max"):
+        return {"min": min, "max": max}[a.function](values, default=None)
     if a.function == "last":
         return values[-1] if values else None
     return values[-a.depth :]

@@ -1,34 +1,50 @@
-"""The window engine: event-time aggregations over sliding windows, compiled from Feast views.
+"""The windows of a view: compiled from Feast's aggregations, executed by `features.kernel`.
 
 The value at time t covers ``floor_h(t - W) <= event time < t``: W the window, h the slide, tiles aligned to the epoch
 (the sawtooth window of Chronon and of Feast's tiling: an exact head, a tail that moves in steps of h). So an event
-counts from the millisecond after its own until the tile boundary ``floor_h(event time) + h + W``. Both are signed
-changes of a running integer total, which makes a batch one sort and one segmented cumulative sum, whatever W.
+counts from the millisecond after its own until the tile boundary ``floor_h(event time) + h + W``.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from features import kernel
 from features.errors import ConfigError
+from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints
 
-Ints = NDArray[np.int64]
-Columns = dict[str, NDArray[Any]]
-FUNCTIONS = ("count", "sum", "mean", "std", "last", "last_n")
-NO_KEY: tuple[Any, ...] = ()
+FUNCTIONS = ("count", "sum", "mean", "std", "last", "last_n", "min", "max", "count_distinct")
+CODES = {
+    "count": kernel.COUNT,
+    "count_distinct": kernel.COUNT,
+    "sum": kernel.SUM,
+    "mean": kernel.MEAN,
+    "std": kernel.STD,
+    "last": kernel.LAST,
+    "last_n": kernel.LAST_N,
+    "min": kernel.MIN,
+    "max": kernel.MAX,
+}
+SUMMED = ("sum", "mean", "std")
+SCALED, RAW, VALID = "scaled", "raw", "valid"
+TERMS = {
+    "count": (kernel.VALID,),
+    "sum": (kernel.VALUE,),
+    "mean": (kernel.VALID, kernel.VALUE),
+    "std": (kernel.VALID, kernel.VALUE, kernel.SQUARE_HIGH, kernel.SQUARE_LOW),
+}
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One aggregation of a view; window and slide in ms. `depth` is the n of last_n."""
+    """One aggregation of a view; window and slide in ms. `depth` is the n of last_n, `kind` the feature's type."""
 
     name: str
     column: str
@@ -36,7 +52,7 @@ class Aggregate:
     window: int
     slide: int
     depth: int
-    integer: bool
+    kind: int
 
     @property
     def group(self) -> tuple[int, int]:
@@ -44,27 +60,26 @@ class Aggregate:
 
 
 @dataclass(slots=True)
-class Batch:
-    """Events of one view in processing order, in columns.
+class ViewRows:
+    """Rows of one view in time order.
 
-    times, applied : epoch ms; sign : +1, or -1 takes back an earlier event of the same time
+    codes : [rows, keys] the entity keys' codes; `keys` reads them, until the next batch is applied
+    times : epoch ms from which each row holds
+    newest : which rows are their keys' newest
+    columns : feature -> float64 with NaN for null, int64, or objects with None for null and lists
     """
 
-    keys: list[tuple[Any, ...]]
+    codes: Ints
     times: Ints
-    applied: Ints
-    sign: Ints
-    columns: Columns
+    newest: NDArray[np.bool_]
+    columns: dict[str, NDArray[Any]]
+    decode: Callable[[Ints], NDArray[Any]]
 
-
-@dataclass(slots=True)
-class ViewRows:
-    """Rows of one view ordered by (key, time); `last[i]` marks the newest row of its key."""
-
-    keys: list[tuple[Any, ...]]
-    times: Ints
-    last: NDArray[np.bool_]
-    columns: dict[str, list[Any]]
+    @property
+    def keys(self) -> list[tuple[Any, ...]]:
+        """Entity keys, one tuple a row."""
+        columns = [self.decode(self.codes[:, k]).tolist() for k in range(self.codes.shape[1])]
+        return list(zip(*columns, strict=True)) if columns else [()] * len(self.times)
 
 
 def compile_view(view: Any) -> tuple[Aggregate, ...]:
@@ -74,257 +89,301 @@ def compile_view(view: Any) -> tuple[Aggregate, ...]:
     for a in view.aggregations:
         where = f"view {view.name}, aggregation {a.name!r}"
         window, slide = (round(d.total_seconds() * 1000) if d else 0 for d in (a.time_window, a.slide_interval))
-        function, _, depth = a.function.partition("last_") if a.function.startswith("last_") else (a.function, "", "1")
-        function = function or "last_n"
+        listed = a.function.startswith("last_")
+        function, depth = ("last_n", a.function.removeprefix("last_")) if listed else (a.function, "1")
         if function not in FUNCTIONS or not depth.isdigit() or int(depth) < 1:
             raise ConfigError(f"{where}: function {a.function!r} is none of {', '.join(FUNCTIONS)}")
         if a.name not in types:
             raise ConfigError(f"{where}: the view's schema has no field of that name")
         if not 0 < slide < window or window % slide:
             raise ConfigError(f"{where}: slide_interval must be given, shorter than time_window and divide it")
-        plan.append(Aggregate(a.name, a.column, function, window, slide, int(depth), "Int" in types[a.name]))
+        kind = INTEGER if "Int" in types[a.name] else TEXT if "String" in types[a.name] else FLOAT
+        if kind == TEXT and not function.startswith("last"):
+            raise ConfigError(f"{where}: {a.function} of text makes no sense, only last and last_n keep it")
+        plan.append(Aggregate(a.name, a.column, function, window, slide, int(depth), kind))
     if not plan:
         raise ConfigError(f"view {view.name} has no aggregations")
     return tuple(plan)
 
 
 class ViewWindows:
-    """The windows of one view: totals per key and group, and the events that still have to leave.
+    """The windows of one view.
 
     Parameters
     ----------
     aggregates : the compiled aggregations
-    decimals : digits kept of a float column; columns not named must hold whole numbers where they are summed
+    keys : how many entity keys a row has
+    kinds : column -> INTEGER, FLOAT or TEXT
+    decimals : digits kept of a summed float column
+
+    Attributes
+    ----------
+    reads : the columns that `advance` expects, in order: (name, SCALED to a whole number, RAW or VALID: 0 or null)
     """
 
-    def __init__(self, aggregates: Sequence[Aggregate], decimals: Mapping[str, int] | None = None) -> None:
-        self.aggregates = aggregates
+    def __init__(
+        self,
+        aggregates: Sequence[Aggregate],
+        keys: int,
+        kinds: Mapping[str, int],
+        decimals: Mapping[str, int] | None = None,
+    ) -> None:
+        self.aggregates, self.decimals = aggregates, decimals or {}
         self.groups = sorted({a.group for a in aggregates})
-        self.windows = np.array([w for w, _ in self.groups], np.int64)
-        self.slides = np.array([h for _, h in self.groups], np.int64)
-        self.summed = sorted({a.column for a in aggregates if a.function in ("sum", "mean", "std")})
-        self.squared = sorted({a.column for a in aggregates if a.function == "std"})
-        self.counted = sorted({a.column for a in aggregates})
-        self.listed = {
-            c: max(a.depth for a in aggregates if a.column == c and a.function.startswith("last"))
-            for c in sorted({a.column for a in aggregates if a.function.startswith("last")})
-        }
-        names = [*((c, 0) for c in self.counted), *((c, 1) for c in self.summed), *((c, 2) for c in self.squared)]
-        self.terms = {name: i for i, name in enumerate(names)}
-        self.scale = {c: 10 ** (decimals or {}).get(c, 0) for c in self.summed}
-        self.slots: dict[tuple[Any, ...], int] = {}
-        self.keys: list[tuple[Any, ...]] = []
-        self.free: list[int] = []
-        self.live = np.zeros(0, np.int64)
-        self.totals = np.zeros((0, len(self.groups), len(self.terms)), np.int64)
-        self.log_times = np.zeros(0, np.int64)
-        self.log_slots = np.zeros(0, np.int64)
-        self.log_values = np.zeros((0, len(self.terms)), np.int64)
-        self.history: dict[str, dict[int, list[tuple[int, int, Any]]]] = {c: {} for c in self.listed}
+        self.summed = {a.column for a in aggregates if a.function in SUMMED}
+        self.reads = sorted({(a.column, self._mode(a)) for a in aggregates})
+        self.kinds = kinds
+        self.longest = [a.depth for a in aggregates if a.function == "last_n"]
+        self.plan = self._compile(keys)
         self.watermark = 0
-        self.sequence = 0
+        self.state = self._empty()
+        none, rows = np.empty(0, np.int64), np.empty((0, 0), np.int64)
+        self._out = kernel.Output(none, none, none.astype(bool), rows, rows.view(np.float64), rows, none, none)
+
+    def _mode(self, a: Aggregate) -> str:
+        if a.function not in TERMS:
+            return RAW
+        return SCALED if a.column in self.summed else VALID
+
+    def _compile(self, keys: int) -> kernel.Plan:
+        place = {read: i for i, read in enumerate(self.reads)}
+        terms: list[tuple[int, int]] = []
+        first: dict[tuple[str, str], int] = {}
+        for column in sorted({a.column for a in self.aggregates}):
+            functions = {a.function for a in self.aggregates if a.column == column}
+            kinds = sorted(set(chain.from_iterable(TERMS.get(f, ()) for f in functions)))
+            first |= {(column, f): len(terms) + kinds.index(TERMS[f][0]) for f in functions & TERMS.keys()}
+            added = SCALED if column in self.summed else VALID
+            terms += [(place[column, added], kind) for kind in kinds]
+        raw = {f: sorted({a.column for a in self.aggregates if a.function == f}) for f in CODES}
+        extremes = [(c, f) for f in ("min", "max") for c in raw[f]]
+        distinct = [(place[c, RAW], len(terms) + i) for i, c in enumerate(raw["count_distinct"])]
+        first |= {(c, "count_distinct"): len(terms) + i for i, c in enumerate(raw["count_distinct"])}
+        terms += [(column, kernel.DISTINCT) for column, _ in distinct]
+        rings = [1 << (window // slide + 1).bit_length() for window, slide in self.groups]
+        open_at = kernel.KEYS + keys
+        totals_at = open_at + 2 * len(self.groups)
+        queues_at = totals_at + len(self.groups) * len(terms)
+        listed, at = {}, queues_at + 2 * len(self.groups) * len(extremes)
+        for column in sorted({*raw["last"], *raw["last_n"]}):
+            depth = max(a.depth for a in self.aggregates if a.column == column and a.function.startswith("last"))
+            listed[column] = (place[column, RAW], depth, at)
+            at += 1 + 2 * depth
+        self.width = at
+        which = first | {(c, f): i for i, (c, f) in enumerate(extremes)}
+        which |= {(c, f): i for i, c in enumerate(listed) for f in ("last", "last_n")}
+        features = [
+            (CODES[a.function], self.groups.index(a.group), which[a.column, a.function], self._held(a), a.kind)
+            for a in self.aggregates
+        ]
+        return kernel.Plan(
+            _table([(*g, sum(rings[:i]), rings[i] - 1) for i, g in enumerate(self.groups)], 4),
+            _table(terms, 2),
+            _table([(place[c, RAW], 1 if f == "min" else -1) for c, f in extremes], 2),
+            _table(distinct, 2),
+            _table(list(listed.values()), 3),
+            _table(features, 5),
+            np.array([a.depth if a.function == "last_n" else self.scale(a.column) for a in self.aggregates], float),
+            keys,
+            open_at,
+            totals_at,
+            queues_at,
+        )
+
+    def _held(self, a: Aggregate) -> int:
+        held = self.kinds.get(a.column, FLOAT)
+        if a.function in ("min", "max", "last", "last_n") and (held == TEXT) != (a.kind == TEXT):
+            raise ConfigError(
+                f"aggregation {a.name!r}: column {a.column!r} and the feature's type do not fit: one is text"
+            )
+        return held
+
+    def scale(self, column: str) -> int:
+        """What a summed column is multiplied by, so that it is whole."""
+        return int(10 ** self.decimals.get(column, 0))
+
+    def _empty(self) -> kernel.State:
+        meta = np.zeros(kernel.GROUPS + 2 * len(self.groups), np.int64)
+        meta[[kernel.FREE_SLOT, kernel.FREE_ENTRY, kernel.FREE_NODE]] = -1
+        meta[kernel.GROUPS :: 2] = kernel.NEVER
+        ring = np.full((self.plan.groups[:, 3] + 1).sum(), -1, np.int64)
+        none = np.full(16, -1, np.int64)
+        return kernel.State(
+            np.zeros((16, self.width), np.int64),
+            np.zeros((16, kernel.VALUES + len(self.plan.terms)), np.int64),
+            np.zeros((16, 4), np.int64),
+            ring,
+            ring.copy(),
+            none,
+            none.copy(),
+            meta,
+        )
 
     def expiry(self, times: Ints) -> Ints:
-        """The instant at which each event leaves each group: [events, groups]."""
+        """The instant at which each event has left every window."""
+        slides = self.plan.groups[:, 1]
         t = times[:, None]
-        return np.asarray(t - t % self.slides + self.slides + self.windows)
+        return np.asarray((t - t % slides + slides + self.plan.groups[:, 0]).max(axis=1))
 
-    def advance(self, batch: Batch | None, watermark: int) -> ViewRows | None:
-        """Apply events with `applied` < watermark and move every tail up to it; None when no row changed."""
-        start, self.watermark = self.watermark, watermark
-        if batch is None or not len(batch.keys):
+    def advance(
+        self, events: kernel.Input | None, watermark: int, decode: Callable[[Ints], NDArray[Any]]
+    ) -> ViewRows | None:
+        """Apply events and move every tail up to `watermark`; None when no row changed.
+
+        decode : codes -> an object array of what they stand for; -1 and NULL are None
+        """
+        self.watermark = watermark
+        meta = self.state.meta
+        if events is None:
+            if meta[kernel.GROUPS :: 2].min() > watermark:
+                return None
             nothing = np.zeros(0, np.int64)
-            batch = Batch([], nothing, nothing, nothing, {})
-        slots = self._slots(batch.keys)
-        values = self._values(batch)
-        entries = self._entries(batch, slots, values, start)
-        self._append(batch.times, slots, values)
-        rows = self._rows(*entries, batch, slots) if len(entries[0]) else None
-        self._trim(watermark)
-        return rows
+            codes, columns = np.zeros((0, self.plan.keys), np.int64), np.zeros((len(self.reads), 0), np.int64)
+            events = kernel.Input(codes, nothing, nothing, nothing, columns)
+        self._reserve(len(events.come))
+        out = self._room(len(events.come) * (1 + len(self.groups)) + int(meta[kernel.GROUPS + 1 :: 2].sum()))
+        n = kernel.advance(self.plan, self.state, events, watermark, out)
+        return self._rows(out, n, decode) if n else None
 
-    def _slots(self, keys: list[tuple[Any, ...]]) -> Ints:
-        out = np.empty(len(keys), np.int64)
-        for i, key in enumerate(keys):
-            slot = self.slots.get(key)
-            if slot is None:
-                slot = self.free.pop() if self.free else self._grow()
-                self.slots[key], self.keys[slot] = slot, key
-            out[i] = slot
+    def _reserve(self, n: int) -> None:
+        """Make room for what `n` events can need."""
+        s, windows = self.state, len(self.groups)
+        values = n * windows * len(self.plan.distinct)
+        s = s._replace(
+            slots=grown(s.slots, int(s.meta[kernel.SLOTS]) + n),
+            entries=grown(s.entries, int(s.meta[kernel.ENTRIES]) + n * windows),
+            nodes=grown(s.nodes, int(s.meta[kernel.NODES]) + n * windows * len(self.plan.extremes) + 2 * values),
+        )
+        if 2 * (s.meta[kernel.TABLED] + n) > len(s.table):
+            table = _hash_table(int(s.meta[kernel.SLOTS]) + n)
+            kernel.rehash(self.plan, s, table)
+            s = s._replace(table=table)
+        if 2 * (s.meta[kernel.KNOWN] + values) > len(s.known):
+            known = _hash_table(int((s.known >= 0).sum()) + values)
+            kernel.rehash_known(s, known)
+            s = s._replace(known=known)
+        self.state = s
+
+    def _room(self, rows: int) -> kernel.Output:
+        """The output, kept from call to call: fresh memory would cost more than what is written to it."""
+        if rows > len(self._out.times):
+            rows = max(rows, 2 * len(self._out.times))
+            integers = np.empty((rows, len(self.aggregates)), np.int64)
+            lists = np.empty((rows, sum(self.longest)), np.int64)
+            times, newest, terms = (
+                np.empty(rows, np.int64),
+                np.empty(rows, np.bool_),
+                np.empty(len(self.plan.terms), np.int64),
+            )
+            floats = integers.view(np.float64)
+            self._out = kernel.Output(times.copy(), times, newest, integers, floats, lists, times.copy(), terms)
+        if len(self.state.slots) > len(self._out.touched):
+            self._out = self._out._replace(touched=np.empty(len(self.state.slots), np.int64))
+        return self._out
+
+    def _rows(self, out: kernel.Output, n: int, decode: Callable[[Ints], NDArray[Any]]) -> ViewRows:
+        columns: dict[str, NDArray[Any]] = {}
+        block = np.ascontiguousarray(out.integers[:n].T)
+        floats, at = block.view(np.float64), 0
+        for f, a in enumerate(self.aggregates):
+            if a.function == "last_n":
+                columns[a.name] = self._lists(a, out.lists[:n, at : at + a.depth], block[f], decode)
+                at += a.depth
+            elif a.kind == TEXT:
+                columns[a.name] = decode(block[f])
+            elif a.kind == FLOAT:
+                columns[a.name] = floats[f]
+            else:
+                columns[a.name] = block[f] if a.function in TERMS else _nullable(block[f])
+        codes = self.state.slots[out.slots[:n], kernel.KEYS : kernel.KEYS + self.plan.keys]
+        return ViewRows(codes, out.times[:n].copy(), out.newest[:n].copy(), columns, decode)
+
+    def _lists(self, a: Aggregate, values: Ints, lengths: Ints, decode: Callable[[Ints], NDArray[Any]]) -> NDArray[Any]:
+        if a.kind == TEXT:
+            used = np.where(np.arange(a.depth) < lengths[:, None], values, -1)
+            plain = decode(used.ravel()).reshape(used.shape).tolist()
+        elif self.kinds.get(a.column, FLOAT) == FLOAT:
+            floats = as_float(values)
+            plain = (floats if a.kind == FLOAT else floats.astype(np.int64)).tolist()
+        else:
+            plain = (values.astype(np.float64) if a.kind == FLOAT else values).tolist()
+        out = np.empty(len(plain), object)
+        out[:] = [row[:n] for row, n in zip(plain, lengths.tolist(), strict=True)]
         return out
 
-    def _grow(self) -> int:
-        slot = len(self.keys)
-        self.keys.append(NO_KEY)
-        if slot == len(self.live):
-            more = max(64, slot)
-            self.live = np.concatenate([self.live, np.zeros(more, np.int64)])
-            self.totals = np.concatenate([self.totals, np.zeros((more, *self.totals.shape[1:]), np.int64)])
-        return slot
+    @property
+    def keys_alive(self) -> int:
+        """How many keys have an event in some window."""
+        return int((self.state.slots[: self.state.meta[kernel.SLOTS], kernel.LIVE] > 0).sum())
 
-    def _values(self, batch: Batch) -> Ints:
-        """What each event adds to the totals: [events, terms], integers, signed."""
-        out = np.zeros((len(batch.keys), len(self.terms)), np.int64)
-        if not len(out):
-            return out
-        for (column, power), i in self.terms.items():
-            raw = batch.columns[column]
-            valid = ~is_null(raw)
-            if power == 0:
-                out[:, i] = valid
-                continue
-            scaled = np.where(valid, raw, 0).astype(np.float64) * self.scale[column]
-            whole = np.rint(scaled)
-            if self.scale[column] == 1 and not np.array_equal(whole, scaled):
-                raise ConfigError(f"column {column!r} is summed but not whole: give its contract field `decimals`")
-            out[:, i] = whole.astype(np.int64) ** power
-        return np.asarray(out * batch.sign[:, None])
-
-    def _entries(self, batch: Batch, slots: Ints, values: Ints, start: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """Signed changes as (slot, instant, group, values): events that come and events that leave."""
-        out_slot, out_time, out_group, out_values = [], [], [], []
-        comes = batch.applied + 1
-        expiry = self.expiry(batch.times)
-        for g, (window, slide) in enumerate(self.groups):
-            low, high = (t - t % slide - window for t in (start, self.watermark))
-            old = slice(*np.searchsorted(self.log_times, (low, high)))
-            counts = expiry[:, g] > comes
-            leaves = counts & (expiry[:, g] <= self.watermark)
-            out_slot += [self.log_slots[old], slots[counts], slots[leaves]]
-            log_times = self.log_times[old]
-            out_time += [log_times - log_times % slide + slide + window, comes[counts], expiry[leaves, g]]
-            out_values += [-self.log_values[old], values[counts], -values[leaves]]
-            out_group.append(np.full(len(log_times) + counts.sum() + leaves.sum(), g, np.int64))
-        parts = (np.concatenate(p) for p in (out_slot, out_time, out_group))
-        return *parts, np.concatenate(out_values)  # type: ignore[return-value]
-
-    def _append(self, times: Ints, slots: Ints, values: Ints) -> None:
-        if not len(times):
-            return
-        np.add.at(self.live, slots, 1)
-        late = len(self.log_times) and times.min() < self.log_times[-1]
-        self.log_times = np.concatenate([self.log_times, times])
-        self.log_slots = np.concatenate([self.log_slots, slots])
-        self.log_values = np.concatenate([self.log_values, values])
-        if late or np.any(np.diff(times) < 0):
-            order = np.argsort(self.log_times, kind="stable")
-            self.log_times, self.log_slots = self.log_times[order], self.log_slots[order]
-            self.log_values = self.log_values[order]
-
-    def _rows(self, slot: Ints, time: Ints, group: Ints, values: Ints, batch: Batch, batch_slots: Ints) -> ViewRows:
-        order = np.lexsort((time, slot))
-        slot, time = slot[order], time[order]
-        starts = np.flatnonzero(np.r_[True, (np.diff(slot) != 0) | (np.diff(time) != 0)])
-        change = np.zeros((len(slot), len(self.groups), len(self.terms)), np.int64)
-        change[np.arange(len(slot)), group[order]] = values[order]
-        totals = np.add.reduceat(change, starts, axis=0)
-        slot, time = slot[starts], time[starts]
-        first = np.r_[True, np.diff(slot) != 0]
-        last = np.r_[first[1:], True]
-        np.cumsum(totals, axis=0, out=totals)
-        head = np.flatnonzero(first)
-        before = np.where((head > 0)[:, None, None], totals[head - 1], 0)
-        totals += (self.totals[slot[head]] - before)[np.cumsum(first) - 1]
-        self.totals[slot[last]] = totals[last]
-        lists = self._lists(slot, time, batch, batch_slots)
-        columns = {a.name: lists[a.name] if a.name in lists else self._column(a, totals) for a in self.aggregates}
-        return ViewRows([self.keys[s] for s in slot.tolist()], time, last, columns)
-
-    def _column(self, a: Aggregate, totals: Ints) -> list[Any]:
-        out: list[Any]
-        g = self.groups.index(a.group)
-        count = totals[:, g, self.terms[a.column, 0]]
-        if a.function == "count":
-            out = count.tolist()
-            return out
-        scale = self.scale[a.column]
-        total = totals[:, g, self.terms[a.column, 1]]
-        if a.function == "sum":
-            out = (total // scale if a.integer else total / scale).tolist()
-            return out
-        n = np.maximum(count, 1)
-        if a.function == "mean":
-            return _nulled(total / n / scale, count < 1)
-        squares = totals[:, g, self.terms[a.column, 2]]
-        variance = (squares - total / n * total) / np.maximum(count - 1, 1)
-        return _nulled(np.sqrt(np.maximum(variance, 0)) / scale, count < 2)
-
-    def _lists(self, slot: Ints, time: Ints, batch: Batch, batch_slots: Ints) -> dict[str, list[Any]]:
-        """The `last` and `last_n` values of each row; their cost follows n, not the window."""
-        out: dict[str, list[Any]] = {}
-        slots, times = slot.tolist(), time.tolist()
-        for column, depth in self.listed.items():
-            news = self._news(column, batch, batch_slots)
-            reading = [a for a in self.aggregates if a.column == column and a.function.startswith("last")]
-            values: dict[str, list[Any]] = {a.name: [] for a in reading}
-            oldest = max(a.window + a.slide for a in reading)
-            history = self.history[column]
-            for s, rows in groupby(range(len(slots)), key=slots.__getitem__):
-                seen, pending, at = history.pop(s, []), news.get(s, []), 0
-                for row in rows:
-                    t = times[row]
-                    while at < len(pending) and pending[at][0] <= t:
-                        bisect.insort(seen, pending[at][1:])
-                        at += 1
-                    del seen[: max(len(seen) - depth, bisect.bisect_left(seen, (t - oldest,)))]
-                    for a in reading:
-                        values[a.name].append(_newest(a, seen, t))
-                if seen:
-                    history[s] = seen
-            out |= values
-        return out
-
-    def _news(self, column: str, batch: Batch, slots: Ints) -> dict[int, list[tuple[int, int, int, Any]]]:
-        news: dict[int, list[tuple[int, int, int, Any]]] = {}
-        if not len(batch.keys):
-            return news
-        raw = batch.columns[column]
-        for i in np.flatnonzero(~is_null(raw)).tolist():
-            item = (int(batch.applied[i]) + 1, int(batch.times[i]), self.sequence + i, raw[i])
-            news.setdefault(int(slots[i]), []).append(item)
-        self.sequence += len(raw)
-        return news
-
-    def _trim(self, watermark: int) -> None:
-        """Forget events that have left every group, and keys without events."""
-        gone = int(np.searchsorted(self.log_times, (watermark - watermark % self.slides - self.windows).min()))
-        if not gone:
-            return
-        slots = self.log_slots[:gone]
-        np.add.at(self.live, slots, -1)
-        self.log_times, self.log_slots = self.log_times[gone:], self.log_slots[gone:]
-        self.log_values = self.log_values[gone:]
-        for slot in np.unique(slots[self.live[slots] == 0]).tolist():
-            del self.slots[self.keys[slot]]
-            self.keys[slot] = NO_KEY
-            self.free.append(slot)
-            for history in self.history.values():
-                history.pop(slot, None)
+    @property
+    def texts(self) -> Ints:
+        """Every code that the state still refers to."""
+        s, kinds = self.state, [self.kinds.get(name, FLOAT) for name, _ in self.reads]
+        live = s.slots[: s.meta[kernel.SLOTS]]
+        live = live[live[:, kernel.LIVE] >= 0]
+        found = [live[:, kernel.KEYS : kernel.KEYS + self.plan.keys].ravel()]
+        for column, depth, at in self.plan.listed.tolist():
+            if kinds[column] == TEXT:
+                used = np.arange(depth) < live[:, at, None]
+                found.append(live[:, at + 1 + depth : at + 1 + 2 * depth][used])
+        nodes = s.nodes[s.known[s.known >= 0]]
+        for d, (column, _) in enumerate(self.plan.distinct.tolist()):
+            if kinds[column] == TEXT:
+                found.append(nodes[nodes[:, 1] % len(self.plan.distinct) == d, 2])
+        return np.concatenate(found)
 
     def snapshot(self) -> dict[str, Any]:
         """Everything `advance` depends on, as plain values."""
-        return {
-            "watermark": self.watermark,
-            "sequence": self.sequence,
-            "keys": [list(k) for k in self.keys],
-            "free": self.free,
-            "live": self.live.tobytes(),
-            "totals": self.totals.tobytes(),
-            "log": [self.log_times.tobytes(), self.log_slots.tobytes(), self.log_values.tobytes()],
-            "history": {c: [[s, h] for s, h in by_slot.items()] for c, by_slot in self.history.items()},
-        }
+        s, m = self.state, self.state.meta
+        used = s._replace(
+            slots=s.slots[: m[kernel.SLOTS]], entries=s.entries[: m[kernel.ENTRIES]], nodes=s.nodes[: m[kernel.NODES]]
+        )
+        return {"watermark": self.watermark, "state": [a.tobytes() for a in used]}
 
     def restore(self, data: Mapping[str, Any]) -> None:
         """Continue from a snapshot."""
-        self.watermark, self.sequence, self.free = data["watermark"], data["sequence"], list(data["free"])
-        self.keys = [tuple(k) for k in data["keys"]]
-        freed = set(self.free)
-        self.slots = {k: i for i, k in enumerate(self.keys) if i not in freed}
-        self.live = _ints(data["live"])
-        self.totals = _ints(data["totals"]).reshape(-1, len(self.groups), len(self.terms))
-        self.log_times, self.log_slots = _ints(data["log"][0]), _ints(data["log"][1])
-        self.log_values = _ints(data["log"][2]).reshape(-1, len(self.terms))
-        self.history = {c: {s: [tuple(i) for i in h] for s, h in pairs} for c, pairs in data["history"].items()}
+        self.watermark = data["watermark"]
+        loaded = [np.frombuffer(raw, np.int64).copy() for raw in data["state"]]
+        self.state = kernel.State(
+            *(new.reshape(-1, *old.shape[1:]) for new, old in zip(loaded, self.state, strict=True))
+        )
+
+
+def _table(rows: Sequence[Sequence[int]], width: int) -> Ints:
+    return np.array(rows, np.int64).reshape(-1, width)
+
+
+def grown(pool: Ints, needed: int) -> Ints:
+    """The pool, with room for `needed` rows."""
+    if needed <= len(pool):
+        return pool
+    bigger = np.empty((max(needed, 2 * len(pool)), *pool.shape[1:]), np.int64)
+    bigger[: len(pool)] = pool
+    return bigger
+
+
+def _hash_table(entries: int) -> Ints:
+    return np.full(1 << (4 * entries + 15).bit_length(), -1, np.int64)
+
+
+def _nullable(values: Ints) -> NDArray[Any]:
+    null = values == NULL
+    if not null.any():
+        return values
+    out = values.astype(object)
+    out[null] = None
+    return out
+
+
+def as_ordered(values: NDArray[np.float64]) -> Ints:
+    """Floats as integers of the same order; both zeros are one. `as_float` undoes it."""
+    bits = (values + 0.0).view(np.int64)
+    return np.asarray(bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF)))
+
+
+def as_float(ordered: Ints) -> NDArray[np.float64]:
+    return np.asarray((ordered ^ ((ordered >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))).view(np.float64))
 
 
 def is_null(raw: NDArray[Any]) -> NDArray[np.bool_]:
@@ -332,31 +391,6 @@ def is_null(raw: NDArray[Any]) -> NDArray[np.bool_]:
     if raw.dtype == object:
         return np.array([v is None or v != v for v in raw], bool)
     return np.isnan(raw) if raw.dtype.kind == "f" else np.zeros(len(raw), bool)
-
-
-def _newest(a: Aggregate, seen: Sequence[tuple[int, int, Any]], t: int) -> Any:
-    since = (t - a.window) - (t - a.window) % a.slide
-    inside = [_plain(v, a.integer) for time, _, v in seen[-a.depth :] if time >= since]
-    if a.function == "last_n":
-        return inside
-    return inside[-1] if inside else None
-
-
-def _plain(value: Any, integer: bool) -> Any:
-    if isinstance(value, str):
-        return value
-    return int(value) if integer else float(value)
-
-
-def _nulled(values: NDArray[np.float64], null: NDArray[np.bool_]) -> list[Any]:
-    out: list[Any] = values.tolist()
-    for i in np.flatnonzero(null).tolist():
-        out[i] = None
-    return out
-
-
-def _ints(data: bytes) -> Ints:
-    return np.frombuffer(data, np.int64).copy()
 
 
 def pack(data: Any) -> bytes:

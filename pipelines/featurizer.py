@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from features.contracts import Contract
-from features.engine import Applied, Engine
+from features.engine import Engine
 from features.usecase import UseCase
-from features.windows import ViewRows
-from pipelines.step import Event, Outputs, Rejection, Rows
+from pipelines.step import Due, Event, Outputs, Rejection, Rows
 
 
 class Featurizer:
@@ -27,16 +29,12 @@ class Featurizer:
         return self.engine.plan
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
-        applied = [Applied(e.contract.name, e.value, e.time, e.applied) for e in events]
-        late = [self.engine.too_late(a) for a in applied]
-        out = Outputs()
-        out.rejected = [
-            Rejection(e, "late", "older than every window") for e, gone in zip(events, late, strict=True) if gone
-        ]
-        kept = [a for a, gone in zip(applied, late, strict=True) if not gone]
-        for name, rows in self.engine.advance(kept, watermark).items():
-            out.offline.append(Rows(name, rows.keys, rows.times.tolist(), rows.columns))
-            out.online.append(newest(name, rows))
+        assert isinstance(events, Due)
+        changed, refused = self.engine.advance(events.columns(), watermark)
+        out = Outputs(rejected=[Rejection(events[r.position], r.reason, r.detail) for r in refused])
+        for name, rows in changed.items():
+            out.offline.append(Rows(name, rows.keys, rows.times, dict(rows.columns)))
+            out.online.append(newest(out.offline[-1], rows.newest))
         return out
 
     def snapshot(self) -> bytes:
@@ -46,8 +44,14 @@ class Featurizer:
         self.engine.restore(data)
 
 
-def newest(name: str, rows: ViewRows) -> Rows:
-    """The newest row of each key."""
-    at = rows.last.nonzero()[0].tolist()
-    columns = {n: [c[i] for i in at] for n, c in rows.columns.items()}
-    return Rows(name, [rows.keys[i] for i in at], rows.times[at].tolist(), columns)
+def newest(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
+    """The rows of a mask: each key's newest."""
+    if mask.all():
+        return rows
+    columns = {name: np.asarray(column)[mask] for name, column in rows.columns.items()}
+    return Rows(
+        rows.view,
+        [k for k, ok in zip(rows.keys, mask.tolist(), strict=True) if ok],
+        np.asarray(rows.times)[mask],
+        dict(columns),
+    )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 
 from features.contracts import Contract, Invalid
 from pipelines.broker import Record, TopicPartition, clock_of
-from pipelines.step import Event
+from pipelines.step import Due, Waiting
 
 
 @dataclass(slots=True)
@@ -66,62 +67,62 @@ class Intake:
         self.partitions = {tp: Partition(contract) for tp, contract in inputs.items()}
         self.seen = {contract.name: Seen() for contract in inputs.values()}
         self.topics = {topic: i for i, topic in enumerate(sorted({topic for topic, _ in inputs}))}
-        self.pending: list[tuple[int, int, int, int, Record, Any]] = []
+        self.contracts = [next(c for (t, _), c in inputs.items() if t == topic) for topic in self.topics]
+        self.pending: list[Waiting] = []
         self.watermark = 0
         self.counts: Counter[str] = Counter()
 
     def advance(
         self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0
-    ) -> tuple[list[Event], list[Refused]]:
+    ) -> tuple[Due, list[Refused]]:
         """Take records in; hand out the events whose time has come.
 
         idle : partitions at their end and silent, which hold nothing back (never those that carry clock records)
         quiet_ms : when all are idle, how long ago the newest record was read: event time goes on at that pace
         """
-        refused = [r for record in records if (r := self._take(record))]
+        by_partition: dict[TopicPartition, list[Record]] = {}
+        for record in records:
+            by_partition.setdefault((record.topic, record.partition), []).append(record)
+        refused = [r for tp, own in by_partition.items() for r in self._take(tp, own)]
         self._move(idle, quiet_ms)
-        due = []
-        while self.pending and self.pending[0][0] < self.watermark:
-            applied, _, _, _, record, value = heapq.heappop(self.pending)
-            due.append(self._event(record, value, applied))
-        return due, refused
+        self.pending.sort()
+        ready = bisect_left(self.pending, (self.watermark,))
+        due, self.pending = self.pending[:ready], self.pending[ready:]
+        return Due(self.contracts, due), refused
 
-    def _take(self, record: Record) -> Refused | None:
-        partition = self.partitions[record.topic, record.partition]
-        clock = clock_of(record)
-        if clock is not None:
-            partition.clock = max(clock, partition.clock or 0)
-            return None
-        contract = partition.contract
-        try:
-            value = contract.decode(record.value)
-            self._check(record, contract, value, partition)
-        except Invalid as invalid:
-            self.counts[invalid.reason] += 1
-            return Refused(record, invalid.reason, invalid.detail)
-        time = contract.time_of(value)
-        applied = max(time, self.watermark)
-        if time < partition.watermark:
-            self.counts["counted_late"] += 1
-            applied = max(self.watermark, partition.watermark)
-        partition.seen = max(partition.seen, time - _ms(contract.out_of_orderness))
-        self._wait(applied, record, value)
-        return None
-
-    def _wait(self, applied: int, record: Record, value: Any) -> None:
-        """Keep an event until `applied` is behind the watermark; equal instants go by topic, partition and offset."""
-        place = (applied, self.topics[record.topic], record.partition, record.offset)
-        heapq.heappush(self.pending, (*place, record, value))
-
-    def _check(self, record: Record, contract: Contract, value: Any, partition: Partition) -> None:
-        time = contract.time_of(value)
-        if time > record.timestamp + _ms(contract.max_ahead):
-            ahead = (time - record.timestamp) / 1000
-            raise Invalid("future", f"event time is {ahead:.0f} s ahead of the record's timestamp")
-        if contract.id is not None:
-            id, horizon = contract.id_of(value), partition.watermark - _ms(contract.dedupe)
-            if not self.seen[contract.name].first(id, max(time, partition.watermark), horizon):
-                raise Invalid("duplicate", f"{contract.id} {id!r} was seen before")
+    def _take(self, tp: TopicPartition, records: Sequence[Record]) -> list[Refused]:
+        """Records of one partition, in their order: clocks move it, events wait or are refused."""
+        partition = self.partitions[tp]
+        contract, topic, refused = partition.contract, self.topics[tp[0]], []
+        clocks = [clock_of(r) if r.value is None else None for r in records]
+        events = [r for r, clock in zip(records, clocks, strict=True) if clock is None]
+        decoded = iter(contract.decode_many([r.value for r in events]))
+        horizon, slack, seen = _ms(contract.dedupe), _ms(contract.out_of_orderness), self.seen[contract.name]
+        time_of, id_of, ahead = attrgetter(contract.time), contract.id, _ms(contract.max_ahead)
+        for record, clock in zip(records, clocks, strict=True):
+            mark = partition.watermark
+            if clock is not None:
+                partition.clock = max(clock, partition.clock or 0)
+                continue
+            value = next(decoded)
+            if isinstance(value, Invalid):
+                refused.append(Refused(record, value.reason, value.detail))
+                continue
+            time = time_of(value)
+            if time > record.timestamp + ahead:
+                late = f"event time is {(time - record.timestamp) / 1000:.0f} s ahead of the record's timestamp"
+                refused.append(Refused(record, "future", late))
+                continue
+            if id_of and not seen.first(id := getattr(value, id_of), max(time, mark), mark - horizon):
+                refused.append(Refused(record, "duplicate", f"{id_of} {id!r} was seen before"))
+                continue
+            if time < mark:
+                self.counts["counted_late"] += 1
+            applied = max(time, mark, self.watermark) if time < mark else max(time, self.watermark)
+            partition.seen = max(partition.seen, time - slack)
+            self.pending.append(Waiting(applied, topic, record.partition, record.offset, time, record, value))
+        self.counts.update(r.reason for r in refused)
+        return refused
 
     def _move(self, idle: Collection[TopicPartition], quiet_ms: int) -> None:
         holding = [p.watermark for tp, p in self.partitions.items() if p.clock is not None or tp not in idle]
@@ -130,17 +131,12 @@ class Intake:
         elif newest := max(p.watermark for p in self.partitions.values()):
             self.watermark = max(self.watermark, newest + quiet_ms)
 
-    def _event(self, record: Record, value: Any, applied: int) -> Event:
-        contract = self.partitions[record.topic, record.partition].contract
-        time = contract.time_of(value)
-        return Event(contract, value, time, applied, record.partition, record.offset, record.headers, record)
-
     def snapshot(self) -> Any:
         return {
             "watermark": self.watermark,
             "partitions": [[t, p, s.seen, s.clock] for (t, p), s in self.partitions.items()],
             "seen": {name: list(s.order) for name, s in self.seen.items()},
-            "pending": [[applied, *pack_record(record)] for applied, _, _, _, record, _ in self.pending],
+            "pending": [[w.applied, *pack_record(w.record)] for w in self.pending],
             "counts": dict(self.counts),
         }
 
@@ -153,8 +149,9 @@ class Intake:
             self.seen[name] = Seen({id for _, id in order}, deque((time, id) for time, id in order))
         for applied, *packed in data["pending"]:
             record = unpack_record(packed)
-            contract = self.partitions[record.topic, record.partition].contract
-            self._wait(applied, record, contract.decode(record.value))
+            value = (contract := self.contracts[self.topics[record.topic]]).decode(record.value)
+            place = (self.topics[record.topic], record.partition, record.offset)
+            self.pending.append(Waiting(applied, *place, contract.time_of(value), record, value))
 
 
 def pack_record(record: Record) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from features.usecase import UseCase
 from features.vectors import StoredRow, join_keys, view_columns
 from pipelines.step import Rows
@@ -22,10 +24,12 @@ class MemoryStore:
         """Keep each row that is newer than what its key has; a key with a null belongs to no entity."""
         for batch in rows:
             stored, columns = self._rows[batch.view], self._columns[batch.view]
-            for i, (key, time) in enumerate(zip(batch.keys, batch.times, strict=True)):
+            values = zip(*(_typed(batch.columns[c.name], c.dtype) for c in columns), strict=True)
+            names = [c.name for c in columns]
+            for key, time, row in zip(batch.keys, _plain(batch.times), values, strict=True):
                 before = stored.get(key, (None, None))[1]
                 if None not in key and (before is None or time > before):
-                    stored[key] = ({c.name: _typed(batch.columns[c.name][i], c.dtype) for c in columns}, time)
+                    stored[key] = (dict(zip(names, row, strict=True)), time)
 
     def read(self, keys: Sequence[Mapping[str, Any]]) -> list[dict[str, StoredRow]]:
         """For each dict of entity keys: view name -> (row, epoch ms), or (None, None)."""
@@ -46,8 +50,13 @@ class MemoryStore:
             self._rows[view][tuple(key)] = (row, time)
 
 
-def _typed(value: Any, dtype: str) -> Any:
-    """The value as a store gives it back."""
-    if value is None or dtype not in ("DOUBLE", "INT64"):
-        return value
-    return float(value) if dtype == "DOUBLE" else int(value)
+def _plain(column: Any) -> list[Any]:
+    return column.tolist() if isinstance(column, np.ndarray) else list(column)
+
+
+def _typed(column: Any, dtype: str) -> list[Any]:
+    """The values as a store gives them back; NaN is null."""
+    values = _plain(column)
+    if dtype == "DOUBLE":
+        return [None if v is None or v != v else float(v) for v in values]
+    return [None if v is None else int(v) for v in values] if dtype == "INT64" else values

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from features.contracts import Contract, Field, Invalid
-from features.engine import Applied, Engine
+from features.engine import Engine
 from features.usecase import Row, UseCase
 from features.vectors import Vectorizer
-from features.windows import ViewRows, pack, unpack
+from features.windows import pack, unpack
 from pipelines.memory_store import MemoryStore
 from pipelines.prediction import prediction_message
-from pipelines.step import Event, Outputs, Rejection, Rows
+from pipelines.step import Due, Event, Outputs, Rejection, Rows
 
 Scored = tuple[list[float], str, str]  # scores, version, arm
 Score = Callable[[Sequence[Row]], Scored]
@@ -62,11 +62,14 @@ class Scorer:
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
         out = Outputs()
-        asked = [e for e in events if e.contract.name == "requests"]
-        applied = [
-            Applied(e.contract.name, e.value, e.time, e.applied) for e in events if e.contract.name != "requests"
-        ]
-        waiting = {name: _by_time(name, rows) for name, rows in self.engine.advance(applied, watermark).items()}
+        assert isinstance(events, Due)
+        columns = events.columns()
+        others = columns.kind != columns.names.index("requests")
+        changed, refused = self.engine.advance(columns.take(others), watermark)
+        places = np.flatnonzero(others)
+        out.rejected = [Rejection(events[int(places[r.position])], r.reason, r.detail) for r in refused]
+        waiting = {name: Rows(name, rows.keys, rows.times, dict(rows.columns)) for name, rows in changed.items()}
+        asked = [events[i] for i in np.flatnonzero(~others).tolist()]
         answers = [a for e in asked if (a := self._vector(e, waiting, out))]
         self._apply(waiting, watermark)
         if answers:
@@ -114,12 +117,6 @@ class Scorer:
         state = unpack(data)
         self.engine.restore(state["engine"])
         self.store.restore(state["store"])
-
-
-def _by_time(name: str, rows: ViewRows) -> Rows:
-    order = np.argsort(rows.times, kind="stable").tolist()
-    columns = {n: [c[i] for i in order] for n, c in rows.columns.items()}
-    return Rows(name, [rows.keys[i] for i in order], rows.times[order].tolist(), columns)
 
 
 def _slice(rows: Rows, part: slice) -> Rows:

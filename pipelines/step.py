@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from features.contracts import Contract
-from pipelines.broker import Headers, Message, Record
+from features.engine import Events
+from features.kernel import Ints
+from pipelines.broker import Message, Record
 
 
 @dataclass(slots=True)
@@ -23,24 +28,66 @@ class Event:
     time: int
     applied: int
     partition: int = 0
-    offset: int = -1
-    headers: Headers = ()
     record: Record | None = None
+
+
+class Waiting(NamedTuple):
+    """A record that waits for its time; they sort in the order in which they count."""
+
+    applied: int
+    topic: int
+    partition: int
+    offset: int
+    time: int
+    record: Record
+    value: Any
+
+
+class Due(Sequence[Event]):
+    """Events in the order they count, one by one or in columns."""
+
+    def __init__(self, contracts: Sequence[Contract], items: Sequence[Waiting]) -> None:
+        self._contracts, self._items = contracts, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, at: int) -> Event: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Due: ...
+
+    def __getitem__(self, at: int | slice) -> Event | Due:
+        if isinstance(at, slice):
+            return Due(self._contracts, self._items[at])
+        applied, topic, partition, _, time, record, value = self._items[at]
+        return Event(self._contracts[topic], value, time, applied, partition, record)
+
+    def columns(self) -> Events:
+        """All of them for the engine."""
+        names = tuple(c.name for c in self._contracts)
+        if not self._items:
+            none = np.zeros(0, np.int64)
+            return Events(names, none, [], none, none)
+        applied, topics, _, _, times, _, values = zip(*self._items, strict=True)
+        kind, time, when = (np.array(column, np.int64) for column in (topics, times, applied))
+        return Events(names, kind, list(values), time, when)
 
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of one view for the stores, in columns, ordered by (time within key).
+    """Rows of one view for the stores, in columns, in time order.
 
     keys : list of entity-key tuples, one per row (in the view's entity order)
     times : epoch ms from which the row holds, one per row
-    columns : feature name -> values, one per row (None where null)
+    columns : feature name -> values, one per row: arrays, NaN or None where null
     """
 
     view: str
     keys: list[tuple[Any, ...]]
-    times: list[int]
-    columns: dict[str, list[Any]]
+    times: Sequence[int] | Ints
+    columns: dict[str, Sequence[Any] | NDArray[Any]]
 
 
 @dataclass(slots=True)

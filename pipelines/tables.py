@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from features.usecase import UseCase
 from features.vectors import join_keys
+from pipelines.step import Rows
 
 MS = pa.timestamp("ms", tz="UTC")
 TYPES = {"String": pa.string(), "Int64": pa.int64(), "Float64": pa.float64(), "Bool": pa.bool_()}
@@ -50,19 +52,30 @@ def examples_schema(use_case: UseCase) -> pa.Schema:
 
 
 def arrow_table(use_case: UseCase, table: str, rows: Sequence[Any]) -> pa.Table:
-    """The rows of a view (`Rows` blocks, sorted by time) or of the examples (dicts) as one table."""
+    """The rows of a view (`Rows` blocks) sorted by time, or of the examples (dicts), as one table."""
     if table == "examples":
         return pa.Table.from_pylist(list(rows), schema=examples_schema(use_case))
     schema = view_schema(use_case, table)
-    keys = [k for block in rows for k in block.keys]
-    columns: dict[str, Any] = {name: [k[i] for k in keys] for i, name in enumerate(schema.names[: _key_count(schema)])}
-    columns["event_timestamp"] = [t for block in rows for t in block.times]
-    for name in schema.names[_key_count(schema) + 1 :]:
-        columns[name] = list(chain.from_iterable(block.columns[name] for block in rows))
-    arrays = [pa.array(columns[f.name], pa.int64() if f.type == MS else f.type) for f in schema]
-    arrays = [a.cast(f.type) if f.type == MS else a for a, f in zip(arrays, schema, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema).sort_by("event_timestamp")
+    return pa.concat_tables([b if isinstance(b, pa.Table) else _block(schema, b) for b in rows]).sort_by(
+        "event_timestamp"
+    )
 
 
-def _key_count(schema: pa.Schema) -> int:
-    return int(schema.get_field_index("event_timestamp"))
+def _block(schema: pa.Schema, rows: Rows) -> pa.Table:
+    names = schema.names[: schema.get_field_index("event_timestamp")]
+    columns: dict[str, Any] = {name: [key[i] for key in rows.keys] for i, name in enumerate(names)}
+    columns |= {**rows.columns, "event_timestamp": np.asarray(rows.times, "datetime64[ms]")}
+    arrays = [pa.array(columns[f.name], f.type, from_pandas=True) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """A table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()

@@ -15,7 +15,7 @@ from features.windows import pack, unpack
 from pipelines.broker import Message, Record, TopicPartition
 from pipelines.intake import Intake, Refused, pack_record, unpack_record
 from pipelines.step import Rows, Step
-from pipelines.tables import arrow_table
+from pipelines.tables import arrow_table, from_bytes, to_bytes
 
 FILE_ROWS = 50_000
 
@@ -72,20 +72,17 @@ class Task:
         return [(table, arrow_table(self.use_case, table, self.tables.pop(table))) for table in sorted(full)]
 
     def snapshot(self) -> bytes:
-        tables = {t: [_pack_rows(r) if isinstance(r, Rows) else r for r in rows] for t, rows in self.tables.items()}
-        views = [t for t, rows in self.tables.items() if rows and isinstance(rows[0], Rows)]
-        return pack({"step": self.step.snapshot(), "intake": self.intake.snapshot(), "tables": tables, "views": views})
+        waiting = {table: to_bytes(arrow_table(self.use_case, table, rows)) for table, rows in self.tables.items()}
+        return pack({"step": self.step.snapshot(), "intake": self.intake.snapshot(), "tables": waiting})
 
     def restore(self, state: bytes, deltas: Sequence[Any]) -> None:
         """Load a base and take in again what its deltas hold; what that produces is already out."""
         data = unpack(state)
         self.step.restore(data["step"])
         self.intake.restore(data["intake"])
-        views = set(data["views"])
-        self.tables = {t: [Rows(*r) for r in rows] if t in views else rows for t, rows in data["tables"].items()}
-        for view in views:
-            for rows in self.tables[view]:
-                rows.keys = [tuple(key) for key in rows.keys]
+        for table, raw in data["tables"].items():
+            rows = from_bytes(raw)
+            self.tables[table] = rows.to_pylist() if table == "examples" else [rows]
         for calls, _ in deltas:
             for records, idle, quiet_ms in calls:
                 self.advance([unpack_record(r) for r in records], [(t, p) for t, p in idle], quiet_ms)
@@ -96,9 +93,5 @@ def pack_call(records: Sequence[Record], idle: Collection[TopicPartition], quiet
     return [[pack_record(r) for r in records], [list(tp) for tp in sorted(idle)], quiet_ms]
 
 
-def _pack_rows(rows: Rows) -> list[Any]:
-    return [rows.view, [list(k) for k in rows.keys], rows.times, rows.columns]
-
-
 def _length(rows: list[Any]) -> int:
-    return sum(len(r.times) for r in rows) if rows and isinstance(rows[0], Rows) else len(rows)
+    return sum(len(r.times) if isinstance(r, Rows) else len(r) if isinstance(r, pa.Table) else 1 for r in rows)

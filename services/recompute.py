@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from features.columns import Source
 from features.contracts import Contract, Invalid
-from features.engine import Applied, column
+from features.engine import Applied
 from features.oracle import brute_force
 from features.usecase import UseCase
 from features.vectors import Vectorizer, join_keys
@@ -81,8 +82,8 @@ class Recomputation:
         if rule:
             columns = {name: [getattr(e.value, name) for e in own] for name in names}
         else:
-            raw = {f.name: column([getattr(e.value, f.name) for e in own], f.type, f.optional) for f in contract.fields}
-            columns = raw | (view.udf(raw) if view.udf and own else {})
+            source = Source(contract, [e.value for e in own])
+            columns = {name: source[name] for name in contract.names} | (view.udf(source) if view.udf and own else {})
         by_key: dict[Key, list[Applied]] = defaultdict(list)
         key_columns: Iterable[Key] = zip(*(columns[name] for name in names), strict=True) if names else [()] * len(own)
         for key, event in zip(key_columns, own, strict=True):

@@ -1,0 +1,187 @@
+"""Events in columns: fields extracted once per batch, text as codes, summed numbers as whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.contracts import Contract
+from features.errors import ConfigError
+from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints
+from features.windows import RAW, SCALED, as_ordered, is_null
+
+Columns = dict[str, NDArray[Any]]
+Udf = Callable[[Columns], Columns]
+LARGEST = 2**40  # of a summed number, scaled: eight million of them in one window can't overflow
+SWEEP_AT = 65_536
+
+
+class Coder(dict[Any, int]):
+    """Values as small integers. Codes that nothing refers to any more are given out again."""
+
+    def __init__(self) -> None:
+        super().__init__({None: -1})
+        self.values_of = np.full(1024, None, object)  # never full: the last one, read by code -1, is None
+        self.used = 0
+        self.free: list[int] = []
+        self.sweep_at = SWEEP_AT
+
+    def __missing__(self, value: Any) -> int:
+        if self.free:
+            code = self.free.pop()
+        else:
+            code, self.used = self.used, self.used + 1
+            if self.used == len(self.values_of):
+                self.values_of = np.concatenate([self.values_of, np.full(self.used, None, object)])
+        self.values_of[code] = value
+        self[value] = code
+        return code
+
+    def encode(self, values: Sequence[Any]) -> Ints:
+        return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
+
+    def decode(self, codes: Ints) -> NDArray[Any]:
+        """What the codes stand for; -1 and NULL are None."""
+        return np.asarray(self.values_of[np.maximum(codes, -1)])
+
+    @property
+    def full(self) -> bool:
+        """Whether it has doubled since the last sweep."""
+        return self.used - len(self.free) >= self.sweep_at
+
+    def sweep(self, used: Iterable[Ints]) -> None:
+        """Forget every value whose code is not among `used`."""
+        gone = np.ones(self.used, bool)
+        gone[self.free] = False
+        for codes in used:
+            gone[codes[codes >= 0]] = False
+        for code in np.flatnonzero(gone).tolist():
+            del self[self.values_of[code]]
+            self.values_of[code] = None
+            self.free.append(code)
+        self.sweep_at = max(SWEEP_AT, 2 * (self.used - len(self.free)))
+
+    def snapshot(self) -> list[Any]:
+        return [self.values_of[: self.used].tolist(), self.free]
+
+    def restore(self, data: Sequence[Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        values, self.free = data
+        self.used = len(values)
+        self.values_of = np.full(2 * self.used + 1024, None, object)
+        self.values_of[: self.used] = values
+        self.update((value, code) for code, value in enumerate(values) if value is not None)
+
+
+class Source(Columns):
+    """The events of one contract as columns, each made when it is first asked for."""
+
+    def __init__(self, contract: Contract, values: Sequence[Any]) -> None:
+        super().__init__()
+        self.contract, self.events = contract, values
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        field = next((f for f in self.contract.fields if f.name == name), None)
+        if field is None:
+            raise ConfigError(f"no column {name!r}: contract {self.contract.name} has {self.contract.names}")
+        self[name] = made = column(self.values_of(name), field.type, field.optional)
+        return made
+
+    def values_of(self, name: str) -> list[Any]:
+        """A field's plain values."""
+        return list(map(attrgetter(name), self.events))
+
+
+class Prepared:
+    """The columns of one batch as the kernel takes them; what several views share is made once."""
+
+    def __init__(self, source: Source, udf: Udf | None, coder: Coder, decimals: Mapping[str, int]) -> None:
+        self.source, self.coder, self.decimals = source, coder, decimals
+        self.derived = {name: np.asarray(c) for name, c in udf(source).items()} if udf else {}
+        self._made: dict[tuple[str, str], Ints] = {}
+        self.refused: dict[int, str] = {}
+
+    def column(self, name: str) -> NDArray[Any]:
+        found = self.derived.get(name)
+        return self.source[name] if found is None else found
+
+    def codes(self, name: str) -> Ints:
+        """A column's values as codes."""
+        made = self._made.get((name, "codes"))
+        if made is None:
+            values = self.derived[name].tolist() if name in self.derived else self.source.values_of(name)
+            made = self._made[name, "codes"] = self.coder.encode(values)
+        return made
+
+    def matrix(self, names: tuple[str, ...]) -> Ints:
+        """[n, keys] the codes of several columns."""
+        if not names:
+            return np.zeros((len(self.source.events), 0), np.int64)
+        return np.stack([self.codes(name) for name in names], axis=1)
+
+    def read(self, name: str, mode: str) -> Ints:
+        """A column as integers with NULL for null: scaled, raw, or only whether it is there."""
+        if mode == RAW:
+            return self._once(name, mode, self._raw)
+        return self._once(name, mode, lambda c: self._scaled(name, c) if mode == SCALED else _there(c))
+
+    def _once(self, name: str, mode: str, make: Callable[[NDArray[Any]], Ints]) -> Ints:
+        made = self._made.get((name, mode))
+        if made is None:
+            made = self._made[name, mode] = make(self.column(name))
+        return made
+
+    def _raw(self, raw: NDArray[Any]) -> Ints:
+        kind = kind_of(raw)
+        if kind == INTEGER:
+            return raw.astype(np.int64)
+        if kind == FLOAT:
+            return np.where(np.isnan(raw), NULL, as_ordered(raw.astype(np.float64)))
+        codes = self.coder.encode(raw.tolist())
+        return np.where(codes < 0, NULL, codes)
+
+    def _scaled(self, name: str, raw: NDArray[Any]) -> Ints:
+        """Whole numbers. An event whose value is too large, or not whole when scaled, is refused."""
+        if raw.dtype == object:
+            raw = np.array([np.nan if v is None else v for v in raw], np.float64)
+        scale = 10 ** self.decimals.get(name, 0)
+        if raw.dtype.kind != "f":
+            whole = raw.astype(np.int64) if scale == 1 else raw.astype(np.int64) * scale
+            bad = np.abs(whole) >= LARGEST
+            null = bad
+        else:
+            scaled = raw * scale
+            rounded = np.rint(scaled)
+            null = np.isnan(raw)
+            bad = ~null & ~(np.abs(rounded) < LARGEST)
+            if name not in self.decimals:
+                bad |= ~null & (rounded != scaled)
+            null = null | bad
+            whole = np.where(null, 0, rounded).astype(np.int64)
+        for i in np.flatnonzero(bad).tolist():
+            self.refused[i] = f"{name} = {raw[i]!r} can't be summed: too large, or a fraction without `decimals`"
+        return np.where(null, NULL, whole) if null.any() else whole
+
+
+def _there(raw: NDArray[Any]) -> Ints:
+    return np.where(is_null(raw), NULL, 0)
+
+
+def column(values: list[Any], kind: Any, optional: bool) -> NDArray[Any]:
+    """Values of one field as an array: int64, float64 with NaN for null, or objects with None."""
+    if kind in (int, bool, "time", float):
+        if not optional:
+            return np.array(values, np.float64 if kind is float else np.int64)
+        return np.array([np.nan if v is None else v for v in values], np.float64)
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
+
+
+def kind_of(raw: NDArray[Any]) -> int:
+    """INTEGER, FLOAT or TEXT."""
+    return {"i": INTEGER, "u": INTEGER, "b": INTEGER, "f": FLOAT}.get(raw.dtype.kind, TEXT)
