@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from features.columns import Coder, Prepared, Source, Udf, kind_of
 from features.contracts import Contract
 from features.errors import ConfigError
-from features.kernel import Input, Ints
-from features.timers import DUE, KEY, ROW, UNTIL, Derived, Operations, Timers
+from features.kernel import INTEGER, Input, Ints, rehash, rehash_known
+from features.timers import DUE, KEY, ROW, UNTIL, Derived, Operations, TimerRule, Timers
 from features.usecase import UseCase
 from features.vectors import join_keys
-from features.windows import ViewRows, ViewWindows, compile_view, pack, unpack
+from features.windows import Aggregate, ViewRows, ViewWindows, compile_view, pack, unpack
 
 MIXABLE = ("count", "sum", "mean", "std")  # what a row taken back can leave again
 
@@ -304,6 +304,17 @@ class Engine:
                 view.windows.restore(state["views"][view.name])
         for timers, saved in zip(self.timers, state["timers"], strict=True):
             timers.restore(saved)
+
+
+def compile_kernels() -> None:
+    """Compile what engines run, once per machine: seconds, and a moment when numba has it on disk."""
+    none, rows = np.zeros(0, np.int64), np.zeros((0, 0), np.int64)
+    plan = (Aggregate("n", "n", "count_distinct", 2, 1, 1, INTEGER),)
+    windows = ViewWindows(plan, 0, {"n": INTEGER})
+    windows.advance(Input(rows, none, none, none, np.zeros((1, 0), np.int64)), 0, Coder().decode)
+    rehash(windows.plan, windows.state, none)
+    rehash_known(windows.state, none)
+    Timers(TimerRule({}), 0).run(Operations(none, none, none, none, rows), 0, 0)
 
 
 def _decimals(contract: Contract) -> dict[str, int]:

@@ -29,6 +29,7 @@ POM = HERE / "kafka-pom.xml"
 LOCK = ROOT / "requirements.lock"
 STAMP = VENV / "penstock.json"
 PYTHON = VENV / "bin/python"
+KERNELS = (ROOT / "features/kernel.py", ROOT / "features/timers.py")
 HEARTBEAT_S = 30.0
 BEGAN = time.monotonic()
 CUDA_ARCHITECTURES = "80,90"
@@ -66,6 +67,7 @@ def _set_up() -> None:
         "lock": _digest(LOCK),
         "cuda": str(_nvcc()),
         "project": _digest(ROOT / "pyproject.toml"),
+        "kernels": _digest(*KERNELS),
     }
     complete = stamp == wanted and kafka_jars().exists() and PYTHON.exists()
     _prerequisites(building=not complete)
@@ -75,6 +77,7 @@ def _set_up() -> None:
     _environment(stamp, wanted)
     _horovod(stamp, wanted)
     _project(stamp, wanted)
+    _kernels(stamp, wanted)
 
 
 def cache() -> Path:
@@ -238,6 +241,15 @@ def _project(stamp: dict[str, str], wanted: Mapping[str, str]) -> None:
     _write_stamp(stamp, project=wanted["project"])
 
 
+def _kernels(stamp: dict[str, str], wanted: Mapping[str, str]) -> None:
+    """The window engine's machine code, which numba keeps beside its source."""
+    if stamp.get("kernels") == wanted["kernels"]:
+        return
+    _say("compiling the window engine")
+    _run("kernels", [str(PYTHON), "-c", "from features.engine import compile_kernels; compile_kernels()"])
+    _write_stamp(stamp, kernels=wanted["kernels"])
+
+
 def _run(name: str, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> None:
     """Run a step to its end with a sign of life; raises SetupError with its last words."""
     log = _log(name)
@@ -290,8 +302,8 @@ def _say(line: str) -> None:
     print(f"[set-up {time.monotonic() - BEGAN:6.1f} s] {line}", flush=True)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _read_stamp() -> dict[str, str]:
