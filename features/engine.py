@@ -293,14 +293,14 @@ class Engine:
     def snapshot(self) -> bytes:
         """The whole state; `restore` of an engine with the same views reads it."""
         views = {view.name: view.windows.snapshot() for view in self.views}
-        return pack({"views": views, "timers": [t.snapshot() for t in self.timers], "codes": self.coder.snapshot()})
+        return pack({"plan": self.plan, "views": views, "timers": [t.snapshot() for t in self.timers], "codes": self.coder.snapshot()})
 
     def restore(self, data: bytes) -> None:
-        """Continue from a snapshot; a view it does not have starts empty."""
-        state = unpack(data)
+        """Continue from a snapshot; a view that it does not have, or has with other windows, starts empty."""
+        state, plan = unpack(data), self.plan
         self.coder.restore(state["codes"])
         for view in self.views:
-            if view.name in state["views"]:
+            if state["plan"].get(view.name) == plan[view.name]:
                 view.windows.restore(state["views"][view.name])
         for timers, saved in zip(self.timers, state["timers"], strict=True):
             timers.restore(saved)
