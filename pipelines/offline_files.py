@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ class Partition:
             kept = None
             for block in self._blocks(past):
                 kept = _newest_rows(block if kept is None else pa.concat_tables([kept, block]), join_keys(view))
-            self._write(view.name, past, since, [_without_empty(kept, empty_row(view))])
+            self._write(view.name, past, since, iter([_without_empty(kept, empty_row(view))]))
         return fresh
 
     def _newest(self, file: File) -> int:
@@ -122,32 +123,33 @@ class Partition:
         return max((round(time.timestamp() * 1000) for time in times), default=0)
 
     def _blocks(self, files: Sequence[File]) -> Iterator[pa.Table]:
-        """The rows of files in order, about BLOCK at a time."""
+        """The rows of files in order, about BLOCK at a time; a last block may be empty."""
         waiting: list[pa.Table] = []
         for file in files:
             with self.fs.open(f"{self.root}/{file.path}", "rb") as opened:
-                for batch in pq.ParquetFile(opened).iter_batches(BLOCK):
+                parquet = pq.ParquetFile(opened)
+                waiting.append(parquet.schema_arrow.empty_table())
+                for batch in parquet.iter_batches(BLOCK):
                     waiting.append(pa.Table.from_batches([batch]))
                     if sum(map(len, waiting)) >= BLOCK:
                         yield pa.concat_tables(waiting).combine_chunks()
-                        waiting = []
-        if waiting:
-            yield pa.concat_tables(waiting).combine_chunks()
+                        waiting = waiting[:1]
+        yield pa.concat_tables(waiting).combine_chunks()
 
-    def _write(self, view: str, files: Sequence[File], since: int, blocks: Iterable[pa.Table]) -> None:
+    def _write(self, view: str, files: Sequence[File], since: int, blocks: Iterator[pa.Table]) -> None:
         """All or nothing: until the last step nobody reads the new file."""
         names = [name for file in files for name in file.listed]
         folder = f"{self.root}/merged/{view}"
         self.fs.makedirs(folder, exist_ok=True)
         path = f"{folder}/{_number(names[0])}-{_number(names[-1])}-{_digest(names)}-{since}.parquet"
         temporary = f"{path}.{secrets.token_hex(4)}"
-        with self.fs.open(temporary, "wb") as opened:
-            writer = None
-            for block in blocks:
-                writer = writer or pq.ParquetWriter(opened, block.schema, compression="zstd")
+        first = next(blocks)
+        with (
+            self.fs.open(temporary, "wb") as opened,
+            pq.ParquetWriter(opened, first.schema, compression="zstd") as writer,
+        ):
+            for block in chain([first], blocks):
                 writer.write_table(block)
-            if writer:
-                writer.close()
         self.fs.mv(temporary, path)
 
     def remove(self, view: str, before: float) -> int:
