@@ -71,7 +71,7 @@ def stream_view(
         return Array(kind) if a.function.startswith("last_") else kind
 
     topic = contract.topic or f"{use_case}.{contract.name}"
-    path = f"../.penstock/state/{use_case}/featurizer/0/{name}/*.parquet"
+    path = f"{use_case}/featurizer/*/{name}/*.parquet"  # below state_url; pipelines.offline_store reads it
     batch = FileSource(name=f"{name}_rows", path=path, timestamp_field="event_timestamp")
     source = KafkaSource(
         name=topic,

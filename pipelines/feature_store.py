@@ -1,30 +1,21 @@
 """Feast's online store: the only place where rows go to it and come from it.
 
-Rows lie in Redis exactly as Feast's own `RedisOnlineStore` lays them (keys, field names, values), so any Feast
-client reads them; Feast's functions make keys and field names. Two things differ in how they travel: a call is one
-pipeline for all views instead of two round trips a view, and the values of the two common types are packed without
-a protobuf object. Time stamps keep milliseconds (Feast stores and compares nanoseconds).
+Rows lie in Redis and in sqlite exactly as Feast's own stores lay them, so any Feast client reads them; what differs is
+how they travel. An older row never overwrites a newer one, to the millisecond.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from feast import RepoConfig
-from feast.infra.online_stores.helpers import _mmh3, _redis_key
-from feast.infra.online_stores.redis import RedisOnlineStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from google.protobuf.timestamp_pb2 import Timestamp
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry
 
-from features.errors import ConfigError, InputError, UnavailableError
+from features.errors import ConfigError, InputError
 from features.usecase import UseCase
 from features.vectors import StoredRow, empty_row, join_keys, view_columns
 from pipelines.step import Rows
@@ -38,54 +29,72 @@ FIELDS = {
     "DOUBLE_LIST": "double_list_val",
     "STRING_LIST": "string_list_val",
 }
-DOUBLE_TAG = b"\x29"  # protobuf: field 5 of Value (double_val), wire type 1: eight bytes, little endian
-_pack, _unpack = struct.Struct("<d").pack, struct.Struct("<d").unpack_from
-
-Encoder = Callable[[Any], bytes]
-Decoder = Callable[[bytes], Any]
 
 
-def repo_config(redis: str, registry: str = "none") -> RepoConfig:
-    """Feast's configuration of the online store at `redis` (`host:port,password=...`).
+def repo_config(address: str, registry: str = "none") -> RepoConfig:
+    """Feast's configuration of the online store at `address`.
 
-    The registry is never read: views are passed as objects, so no code stored elsewhere runs.
+    address : Redis as `host:port,password=...`, or `sqlite:<path>`
+    registry : never read by us: views are passed as objects, so no code stored elsewhere runs
     """
+    kind, _, path = address.partition(":")
+    sqlite = {"type": "sqlite", "path": path}
     return RepoConfig(
         project=PROJECT,
         provider="local",
         registry=registry,
-        online_store={"type": "redis", "connection_string": redis},
+        online_store=sqlite if kind == "sqlite" else {"type": "redis", "connection_string": address},
         entity_key_serialization_version=3,
     )
 
 
-class _View(NamedTuple):
-    """A view as the store needs it; `fields` are the Redis hash fields of its features, then of its time."""
+class View(NamedTuple):
+    """A view as a store needs it; `types` and `empty` (the empty window) go with `columns`."""
 
     name: str
     keys: tuple[str, ...]
     columns: tuple[str, ...]
-    fields: tuple[bytes, ...]
-    encoders: tuple[Encoder, ...]
-    decoders: tuple[Decoder, ...]
+    types: tuple[str, ...]
     empty: tuple[Any, ...]
+    feast: Any
+
+
+class Group(NamedTuple):
+    """The views with the same entity keys."""
+
+    keys: tuple[str, ...]
+    views: tuple[View, ...]
+
+
+class Backend(Protocol):
+    """One kind of online store; `key` is an entity key as it stores it."""
+
+    def key(self, entity: EntityKey) -> bytes: ...
+
+    def write(self, rows: Sequence[tuple[View, list[bytes | None], Rows]]) -> None:
+        """Keep each row that is newer than what its key has; a row without a key is left out."""
+
+    def read(self, keys: Sequence[tuple[bytes, Group]]) -> list[dict[str, StoredRow]]: ...
+
+    def forget(self, before: int) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class FeatureStore:
     """The rows of one use case in Feast's online store.
 
-    timeout_s : how long one call may wait for Redis; past it, or when Redis is away, UnavailableError
+    timeout_s : how long one call may wait for the store; past it, or when it is away, UnavailableError
     """
 
     def __init__(self, use_case: UseCase, config: RepoConfig, *, timeout_s: float = 5.0) -> None:
-        self._config = config
         self._views = {view.name: _compile(view) for view in use_case.views}
-        by_keys: dict[tuple[str, ...], list[_View]] = {}
+        by_keys: dict[tuple[str, ...], list[View]] = {}
         for view in self._views.values():
             by_keys.setdefault(view.keys, []).append(view)
-        self._groups = [(keys, views, [f for v in views for f in v.fields]) for keys, views in by_keys.items()]
-        self._redis_key = lru_cache(maxsize=65_536, typed=True)(self._make_redis_key)
-        self._redis: Any = _connect(config, timeout_s)  # its stubs know no keys of bytes
+        self._groups = [Group(keys, tuple(views)) for keys, views in by_keys.items()]
+        self._backend = _backend(config, self._groups, timeout_s)
+        self._key = lru_cache(maxsize=65_536, typed=True)(self._make_key)
 
     def write(self, rows: Sequence[Rows]) -> None:
         """Write rows and wait for the acknowledgement.
@@ -94,136 +103,101 @@ class FeatureStore:
 
         Raises
         ------
-        UnavailableError : Redis does not answer; some rows may be written, and writing all again is right
+        UnavailableError : the store does not answer; some rows may be written, and writing all again is right
         """
-        newest = self._newest(rows)
-        try:
-            stored = self._stored_times([(key, view) for key, view in newest])
-            with self._redis.pipeline(transaction=False) as pipe:
-                for ((key, _), (time, mapping)), before in zip(newest.items(), stored, strict=True):
-                    if before is None or time > before:
-                        pipe.hset(key, mapping=mapping)
-                pipe.execute()
-        except RedisError as error:
-            raise UnavailableError(f"the online store does not take rows: {error}") from None
-
-    def _newest(self, rows: Sequence[Rows]) -> dict[tuple[bytes, bytes], tuple[int, dict[bytes, bytes]]]:
-        """(Redis key, time field) -> (time, hash) of the newest row that a key has among `rows`."""
-        newest: dict[tuple[bytes, bytes], tuple[int, dict[bytes, bytes]]] = {}
+        keyed = []
         for batch in rows:
             view = self._views[batch.view]
-            *fields, time_field = view.fields
-            columns = [batch.columns[name] for name in view.columns]
-            for i, (values, time) in enumerate(zip(batch.keys, batch.times, strict=True)):
-                if None in values:
-                    continue
-                key = self._redis_key(view.keys, values)
-                if newest.get((key, time_field), (-1,))[0] >= time:
-                    continue
-                mapping = {
-                    f: b"" if (value := column[i]) is None else encode(value)
-                    for f, column, encode in zip(fields, columns, view.encoders, strict=True)
-                }
-                mapping[time_field] = _time_bytes(time)
-                newest[key, time_field] = (time, mapping)
-        return newest
-
-    def _stored_times(self, places: Sequence[tuple[bytes, bytes]]) -> Iterator[int | None]:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for key, time_field in places:
-                pipe.hget(key, time_field)
-            return (_time_of(raw) for raw in pipe.execute())
+            keys = [None if None in values else self._key(view.keys, values) for values in batch.keys]
+            keyed.append((view, keys, batch))
+        self._backend.write(keyed)
 
     def read(self, keys: Sequence[Mapping[str, Any]]) -> list[dict[str, StoredRow]]:
         """For each dict of entity keys: view name -> (row, epoch ms from which it holds), or (None, None).
 
-        A view whose key is null in the request has no row. Each stored hash is read once, however many of the
-        requests and views share it.
+        A view whose key is null in the request has no row. What is stored under a key is read once, however many of
+        the requests and views share it.
         """
         wanted: dict[tuple[bytes, int], dict[str, StoredRow]] = {}
         plan: list[list[tuple[bytes, int] | None]] = []
         for entity in keys:
             places: list[tuple[bytes, int] | None] = []
-            for g, (names, _, _) in enumerate(self._groups):
-                values = tuple(entity.get(name) for name in names)
-                place = None if None in values else (self._redis_key(names, values), g)
+            for g, group in enumerate(self._groups):
+                values = tuple(entity.get(name) for name in group.keys)
+                place = None if None in values else (self._key(group.keys, values), g)
                 if place:
                     wanted.setdefault(place, {})
                 places.append(place)
             plan.append(places)
-        self._fetch(wanted)
-        nothing = [{v.name: (None, None) for v in views} for _, views, _ in self._groups]
+        found = dict(zip(wanted, self._backend.read([(key, self._groups[g]) for key, g in wanted]), strict=True))
+        nothing: list[dict[str, StoredRow]] = [{v.name: (None, None) for v in group.views} for group in self._groups]
         result: list[dict[str, StoredRow]] = []
         for places in plan:
             merged: dict[str, StoredRow] = {}
             for g, place in enumerate(places):
-                merged.update(nothing[g] if place is None else wanted[place])
+                merged.update(nothing[g] if place is None else found[place])
             result.append(merged)
         return result
 
-    def _fetch(self, wanted: dict[tuple[bytes, int], dict[str, StoredRow]]) -> None:
-        try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for key, g in wanted:
-                    pipe.hmget(key, self._groups[g][2])
-                replies = pipe.execute()
-        except RedisError as error:
-            raise UnavailableError(f"the online store does not answer: {error}") from None
-        for ((_, g), rows), values in zip(wanted.items(), replies, strict=True):
-            start = 0
-            for view in self._groups[g][1]:
-                end = start + len(view.columns)
-                rows[view.name] = _decode(view, values[start:end], values[end])
-                start = end + 1
+    def forget(self, before: int) -> int:
+        """Remove the rows that are the empty window since before `before` (epoch ms); returns how many.
 
-    def _make_redis_key(self, names: tuple[str, ...], values: tuple[Any, ...]) -> bytes:
+        A key without a row reads as the empty window, so no vector changes. Rows of a global view stay.
+        """
+        return self._backend.forget(before)
+
+    def _make_key(self, names: tuple[str, ...], values: tuple[Any, ...]) -> bytes:
         """Feast's key of an entity: types by value, a global view by its dummy entity."""
         pairs = list(zip(names, values, strict=True)) or [("__dummy_id", "")]
         key = EntityKey(join_keys=[n for n, _ in pairs], entity_values=[_entity_value(n, v) for n, v in pairs])
-        return bytes(_redis_key(PROJECT, key, self._config.entity_key_serialization_version))
+        return self._backend.key(key)
 
     def close(self) -> None:
-        self._redis.close()
+        self._backend.close()
 
 
-def _connect(config: RepoConfig, timeout_s: float) -> Redis:
-    """A client of the configured server that fails at once: the caller knows better what to do than a retry loop."""
-    nodes, options = RedisOnlineStore._parse_connection_string(config.online_store.connection_string)
-    if "password" in options:
-        options["password"] = str(options["password"])
-    return Redis(
-        host=nodes[0]["host"],
-        port=int(nodes[0]["port"]),
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        retry=Retry(NoBackoff(), 1),
-        **options,
-    )
+def _backend(config: RepoConfig, groups: Sequence[Group], timeout_s: float) -> Backend:
+    if config.online_store.type == "sqlite":
+        from pipelines.sqlite_store import SqliteBackend
+
+        return SqliteBackend(config, groups, timeout_s)
+    from pipelines.redis_store import RedisBackend
+
+    return RedisBackend(config, groups, timeout_s)
 
 
-def _compile(view: Any) -> _View:
+def _compile(view: Any) -> View:
     columns = view_columns(view)
     if unknown := [f"{c.name} ({c.dtype})" for c in columns if c.dtype not in FIELDS]:
         raise ConfigError(f"view {view.name}: no such feature types here: {unknown}; use Int64, Float64, String, Array")
-    return _View(
-        view.name,
-        join_keys(view),
-        tuple(c.name for c in columns),
-        (*(_mmh3(f"{view.name}:{c.name}") for c in columns), f"_ts:{view.name}".encode()),
-        tuple(_encoder(c.dtype) for c in columns),
-        tuple(_decoder(c.dtype) for c in columns),
-        tuple(empty_row(view).values()),
-    )
+    names, types = tuple(c.name for c in columns), tuple(c.dtype for c in columns)
+    return View(view.name, join_keys(view), names, types, tuple(empty_row(view).values()), view)
 
 
-def _decode(view: _View, values: Sequence[bytes | None], time: bytes | None) -> StoredRow:
-    if time is None:
-        return None, None
-    row = {
-        name: decode(raw) if raw else empty if raw is None else None
-        for name, decode, raw, empty in zip(view.columns, view.decoders, values, view.empty, strict=True)
-    }
-    return row, _time_of(time)
+def plain(column: Any) -> list[Any]:
+    """A column (array or list) as a list, null as None."""
+    values = column.tolist() if isinstance(column, np.ndarray) else column
+    return [None if v != v else v for v in values]
+
+
+def proto(dtype: str, value: Any) -> Value:
+    """A value as Feast's protobuf; null is the empty one."""
+    made = Value()
+    if value is None:
+        return made
+    if dtype.endswith("_LIST"):
+        getattr(made, FIELDS[dtype]).val.extend(value)
+    else:
+        setattr(made, FIELDS[dtype], int(value) if dtype == "INT64" else value)
+    return made
+
+
+def unproto(dtype: str, value: Value) -> Any:
+    """What `proto` was given."""
+    if value.WhichOneof("val") is None:
+        return None
+    found = getattr(value, FIELDS[dtype])
+    return list(found.val) if dtype.endswith("_LIST") else found
 
 
 def _entity_value(name: str, value: Any) -> Value:
@@ -232,38 +206,3 @@ def _entity_value(name: str, value: Any) -> Value:
     if isinstance(value, bool | float):
         raise InputError(f"entity key {name}: expected a string or an integer, got {value!r}")
     return Value(int64_val=value)
-
-
-def _encoder(dtype: str) -> Encoder:
-    if dtype == "DOUBLE":
-        return lambda value: DOUBLE_TAG + _pack(value)
-    make: Any = Value
-    name = FIELDS[dtype]
-    if dtype.endswith("_LIST"):
-        return lambda value: bytes(make(**{name: {"val": value}}).SerializeToString())
-    return lru_cache(maxsize=65_536)(lambda value: bytes(make(**{name: value}).SerializeToString()))
-
-
-def _decoder(dtype: str) -> Decoder:
-    name = FIELDS[dtype]
-
-    def double(raw: bytes) -> float:
-        packed = len(raw) == 9 and raw[:1] == DOUBLE_TAG
-        return float(_unpack(raw, 1)[0] if packed else Value.FromString(raw).double_val)
-
-    if dtype == "DOUBLE":
-        return double
-    if dtype.endswith("_LIST"):
-        return lambda raw: list(getattr(Value.FromString(raw), name).val)
-    return lru_cache(maxsize=65_536)(lambda raw: getattr(Value.FromString(raw), name))
-
-
-def _time_bytes(time: int) -> bytes:
-    return bytes(Timestamp(seconds=time // 1000, nanos=time % 1000 * 1_000_000).SerializeToString())
-
-
-def _time_of(raw: bytes | None) -> int | None:
-    if raw is None:
-        return None
-    at = Timestamp.FromString(raw)
-    return int(at.seconds * 1000 + at.nanos // 1_000_000)

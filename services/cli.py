@@ -212,6 +212,17 @@ def audit(use_case: UseCaseName, as_json: Json = False) -> None:
 
 
 @app.command()
+def housekeeping(use_case: UseCaseName, as_json: Json = False) -> None:
+    """Merge small offline files, apply their retention, remove dead online keys. Safe beside everything else."""
+    from features.usecase import load
+    from services.housekeeping import housekeeping
+
+    with progress_on_stderr():
+        done = housekeeping(Settings.load(), load(use_case))
+    show(done.as_json(), as_json, str(done))
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: Java, Maven, compiler, ports, versions; each fault with its mend."""
     from services.setup import doctor

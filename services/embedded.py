@@ -325,6 +325,8 @@ def feast_env(settings: Settings) -> dict[str, str]:
     return {
         "PENSTOCK_FEAST_REGISTRY": f"{settings.postgres}/feast",
         "PENSTOCK_FEAST_REDIS": settings.redis,
+        "PENSTOCK_STATE_URL": settings.state_url,
+        "PENSTOCK_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
     }
 
 

@@ -25,6 +25,7 @@ class Settings:
     kafka_bootstrap, redis, postgres, mlflow_url, airflow_url, predictor_url : empty means the embedded one
     kafka_security, kafka_username, kafka_password, kafka_cafile : for a broker with SASL or TLS
     state_url : where snapshots and Parquet files live (fsspec: a path or s3://...)
+    offline_keep_days : of the offline rows, those needed to answer for so many days back; 0 keeps all
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
     """
 
@@ -42,6 +43,7 @@ class Settings:
     predictor_host: str = "127.0.0.1"
     predictor_port: int = 0
     state_url: str = ""
+    offline_keep_days: int = 0
     allow_event_time: bool = False
     commit_interval_s: float = 0.5
     idle_timeout_s: float = 0.05

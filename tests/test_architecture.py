@@ -21,7 +21,9 @@ MAY_IMPORT = {
 HOME_OF = {  # vendor -> the files that may know it
     "kafka": {"pipelines/kafka.py"},
     "mlflow": {"pipelines/registry.py"},
-    "redis": {"pipelines/feature_store.py"},
+    "redis": {"pipelines/redis_store.py"},
+    "sqlite3": {"pipelines/sqlite_store.py"},
+    "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
     "horovod": {"pipelines/training.py"},
     "torch": {"pipelines/net.py", "pipelines/training.py"},

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from redis import Redis
 
 from features.errors import UnavailableError
 from features.vectors import empty_row
 from features.views import entity
+from pipelines.feature_store import FeatureStore, repo_config
 from pipelines.memory_store import MemoryStore
 from pipelines.step import Rows
 from tests.redis_server import free_port, redis_server
@@ -28,26 +32,44 @@ def redis() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.integration)])
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+FEAST = ("sqlite", pytest.param("redis", marks=pytest.mark.integration))
+
+
+@pytest.fixture(params=["memory", *FEAST])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     if request.param == "memory":
         yield MemoryStore(use_case)
-        return
-    yield from feast_store(request.getfixturevalue("redis"))
+    else:
+        yield from opened(request, tmp_path)
+
+
+@pytest.fixture(params=FEAST)
+def feast_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    yield from opened(request, tmp_path)
 
 
 @pytest.fixture
 def feast_only(redis: str) -> Iterator[Any]:
-    yield from feast_store(redis)
-
-
-def feast_store(address: str) -> Iterator[Any]:
-    from pipelines.feature_store import FeatureStore, repo_config
-
-    store = FeatureStore(use_case, repo_config(address))
-    store._redis.flushdb()
+    flush(redis)
+    store = FeatureStore(use_case, repo_config(redis))
     yield store
     store.close()
+
+
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    address = f"sqlite:{tmp_path}/online.db"
+    if request.param == "redis":
+        address = request.getfixturevalue("redis")
+        flush(address)
+    store = FeatureStore(use_case, repo_config(address))
+    yield store
+    store.close()
+
+
+def flush(redis: str) -> None:
+    host, port = redis.split(":")
+    with Redis(host=host, port=int(port)) as client:
+        client.flushdb()
 
 
 def orders(times: list[int], counts: list[int], means: list[float | None]) -> Rows:
@@ -120,23 +142,101 @@ def test_a_null_in_a_key_belongs_to_no_entity(store: Any) -> None:
     )
 
 
+def test_columns_may_be_arrays_with_nan_for_null(feast_store: Any) -> None:
+    feast_store.write(
+        [Rows("all_orders", [()], np.array([T]), {"all_count": np.array([2]), "all_mean": np.array([np.nan])})]  # type: ignore[arg-type, dict-item]
+    )
+    words, lists = np.empty(2, object), np.empty(2, object)
+    words[:], lists[:] = ["x", None], [[1.5], []]
+    empty = empty_row(shop_item)
+    columns = {name: [value] * 2 for name, value in empty.items()}
+    columns |= {"si_count": np.array([1, 2]), "si_sum": np.array([0.5, -0.0]), "si_last": np.array([2.0, np.nan])}
+    columns |= {"si_who": words, "si_last_3": lists}
+    feast_store.write([Rows("shop_item", [("a", 1), ("a", 2)], np.array([T, T + 1]), columns)])  # type: ignore[arg-type]
+    first, second = feast_store.read([{"shop": "a", "item": i} for i in (1, 2)])
+    assert first["all_orders"] == ({"all_count": 2, "all_mean": None}, T)
+    row = {"si_count": 1, "si_sum": 0.5, "si_last": 2.0, "si_last_3": [1.5], "si_who": "x"}
+    assert first["shop_item"] == (empty | row, T)
+    assert second["shop_item"] == (empty | {"si_count": 2, "si_sum": 0.0, "si_last": None}, T + 1)
+
+
+@pytest.mark.parametrize("time", [T - T % 1000, 1, 127, 128_000, 4_000_000_000_999])
+def test_times_come_back_to_the_millisecond(feast_store: Any, time: int) -> None:
+    """And order what came before them."""
+    asked = [{"shop": "a", "item": 1}]
+    feast_store.write([orders([time], [1], [None])])
+    feast_store.write([orders([time - 1], [2], [None])])
+    assert feast_store.read(asked)[0]["all_orders"] == ({"all_count": 1, "all_mean": None}, time)
+    feast_store.write([orders([time + 1], [3], [None])])
+    assert feast_store.read(asked)[0]["all_orders"][1] == time + 1
+
+
+def test_many_rows_of_one_call_are_all_written(feast_store: Any) -> None:
+    """More than one script call and one query take."""
+    n = 1203
+    rows = [item(("a", i), T + i, si_count=i) for i in range(n)]
+    keys = [r.keys[0] for r in rows]
+    columns = {name: [r.columns[name][0] for r in rows] for name in rows[0].columns}
+    feast_store.write(
+        [Rows("shop_item", [*keys, (None, 1)], [T] * (n + 1), {k: [*c, c[0]] for k, c in columns.items()})]
+    )
+    read = feast_store.read([{"shop": "a", "item": i} for i in range(n)])
+    assert [r["shop_item"][0]["si_count"] for r in read] == list(range(n))
+
+
+def test_rows_that_are_long_the_empty_window_are_forgotten(feast_store: Any) -> None:
+    """The others stay: a newer empty row, one with a value, a global view's."""
+    feast_store.write(
+        [item(("a", 1), T), item(("a", 2), T + 9_000), item(("a", 3), T, si_who="x"), orders([T], [0], [None])]
+    )
+    assert feast_store.forget(before=T + 5_000) == 1
+    read = feast_store.read([{"shop": "a", "item": i} for i in (1, 2, 3)])
+    assert [r["shop_item"][1] for r in read] == [None, T + 9_000, T]
+    assert read[0]["all_orders"][1] == T
+    assert feast_store.forget(before=T + 5_000) == 0
+
+
 @pytest.mark.integration
-def test_feast_reads_what_we_write(feast_only: Any) -> None:
+def test_an_empty_row_that_has_changed_since_it_was_read_is_not_forgotten(feast_only: Any) -> None:
+    backend = feast_only._backend
+    feast_only.write([item(("a", 1), T)])
+    stale = backend.read
+    backend.read = lambda keys: [stale(keys), feast_only.write([item(("a", 1), T + 1, si_count=1)])][0]
+    assert feast_only.forget(before=T + 5_000) == 0
+    backend.read = stale
+    assert feast_only.read([{"shop": "a", "item": 1}])[0]["shop_item"][1] == T + 1
+
+
+def test_a_sqlite_file_that_is_locked_is_one_clear_error(tmp_path: Path) -> None:
+    store = FeatureStore(use_case, repo_config(f"sqlite:{tmp_path}/online.db"), timeout_s=0.05)
+    with sqlite3.connect(tmp_path / "online.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UnavailableError, match="online store"):
+            store.write([orders([T], [1], [None])])
+        other.rollback()
+    other.close()
+    store.write([orders([T], [1], [None])])
+    assert store.read([{"shop": "a", "item": 1}])[0]["all_orders"][1] == T
+    store.close()
+
+
+@pytest.mark.integration
+def test_feast_reads_what_we_write(feast_only: Any, redis: str) -> None:
     from feast.infra.online_stores.redis import RedisOnlineStore
 
     feast_only.write([item(("a", 1), T, si_count=3, si_last=None, si_last_3=[1.0]), orders([T], [2], [0.5])])
     keys, _ = feast_keys()
-    time, row = RedisOnlineStore().online_read(feast_only._config, shop_item, [keys])[0]
+    time, row = RedisOnlineStore().online_read(repo_config(redis), shop_item, [keys])[0]
     assert round(time.timestamp() * 1000) == T
     assert (row["si_count"].int64_val, row["si_last"].WhichOneof("val")) == (3, None)
     assert list(row["si_last_3"].double_list_val.val) == [1.0]
     _, everything = feast_keys()
-    time, row = RedisOnlineStore().online_read(feast_only._config, all_orders, [everything])[0]
+    time, row = RedisOnlineStore().online_read(repo_config(redis), all_orders, [everything])[0]
     assert (row["all_count"].int64_val, row["all_mean"].double_val) == (2, 0.5)
 
 
 @pytest.mark.integration
-def test_we_read_what_feast_writes(feast_only: Any) -> None:
+def test_we_read_what_feast_writes(feast_only: Any, redis: str) -> None:
     from feast.infra.online_stores.redis import RedisOnlineStore
     from feast.protos.feast.types.Value_pb2 import DoubleList, Value
 
@@ -149,9 +249,9 @@ def test_we_read_what_feast_writes(feast_only: Any) -> None:
     }
     row |= {"si_sum": Value(double_val=2.5), "si_who": Value(string_val="x")}
     store = RedisOnlineStore()
-    store.online_write_batch(feast_only._config, shop_item, [(key, row, at, None)], None)
+    store.online_write_batch(repo_config(redis), shop_item, [(key, row, at, None)], None)
     store.online_write_batch(
-        feast_only._config, all_orders, [(everything, {"all_count": Value(int64_val=1)}, at, None)], None
+        repo_config(redis), all_orders, [(everything, {"all_count": Value(int64_val=1)}, at, None)], None
     )
     read = feast_only.read([{"shop": "a", "item": 1}])[0]
     expected = {"si_count": 3, "si_sum": 2.5, "si_last": None, "si_last_3": [1.5], "si_who": "x", "si_whos": []}
@@ -165,12 +265,10 @@ def test_we_read_what_feast_writes(feast_only: Any) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_feast_user_gets_our_rows_as_online_features(feast_only: Any, redis: str, tmp_path: Path) -> None:
     """Feast's own FeatureStore, with its own registry, entities and on-demand transformation."""
-    from feast import FeatureStore
-
-    from pipelines.feature_store import repo_config
+    from feast import FeatureStore as Feast
 
     feast_only.write([item(("a", 1), T, si_count=3), orders([T], [2], [0.5])])
-    feast = FeatureStore(config=repo_config(redis, str(tmp_path / "registry.db")))
+    feast = Feast(config=repo_config(redis, str(tmp_path / "registry.db")))
     feast.apply([entity("shop"), entity("item", int), all_orders, shop_item, dearness])
     names = ["shop_item:si_count", "all_orders:all_mean", "dearness:price_ratio"]
     asked = [{"shop": "a", "item": 1, "price": 2.0, "event_time": T}]
@@ -180,8 +278,6 @@ def test_a_feast_user_gets_our_rows_as_online_features(feast_only: Any, redis: s
 
 @pytest.mark.integration
 def test_redis_away_is_one_clear_error() -> None:
-    from pipelines.feature_store import FeatureStore, repo_config
-
     store = FeatureStore(use_case, repo_config(f"127.0.0.1:{free_port()}"), timeout_s=0.2)
     with pytest.raises(UnavailableError, match="online store"):
         store.read([{"shop": "a", "item": 1}])
@@ -191,8 +287,6 @@ def test_redis_away_is_one_clear_error() -> None:
 
 @pytest.mark.integration
 def test_redis_that_hangs_is_given_up_after_the_timeout() -> None:
-    from pipelines.feature_store import FeatureStore, repo_config
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         store = FeatureStore(use_case, repo_config(f"127.0.0.1:{silent.getsockname()[1]}"), timeout_s=0.1)
         began = time.monotonic()
