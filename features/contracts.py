@@ -82,6 +82,11 @@ class Contract:
         if self._field(self.time).type != "time":
             raise ConfigError(f"contract {self.name}: the time field {self.time!r} must have type 'time'")
 
+    @property
+    def required(self) -> frozenset[str]:
+        """Names of the fields that every event has."""
+        return frozenset(f.name for f in self.fields if not f.optional)
+
     def _field(self, name: str) -> Field:
         return next(f for f in self.fields if f.name == name)
 

@@ -71,7 +71,7 @@ def stream_view(
         return Array(kind) if a.function.startswith("last_") else kind
 
     topic = contract.topic or f"{use_case}.{contract.name}"
-    path = f"../.penstock/state/{use_case}/featurizer/0/{name}/*.parquet"
+    path = f"../.penstock/state/{use_case}/featurizer/*/{name}/*.parquet"
     batch = FileSource(name=f"{name}_rows", path=path, timestamp_field="event_timestamp")
     source = KafkaSource(
         name=topic,
