@@ -47,14 +47,14 @@ class CommitPolicy:
     """When the runner commits.
 
     seconds : at most so long after the last commit, when there is something new
-    records, size : or when so many records, or bytes of them, have been taken in
-    idle_seconds : instead of `seconds` when nothing has happened but that time went on
+    records, size : or when so many records of a partition, or bytes of them, have been taken in
+    patient_seconds : instead of `seconds` in a backlog, and when nothing has happened but that time went on
     """
 
     seconds: float = 0.5
     records: int = 10_000
     size: int = 16 << 20
-    idle_seconds: float = 5.0
+    patient_seconds: float = 5.0
 
     @classmethod
     def every(cls, seconds: float) -> CommitPolicy:
@@ -280,11 +280,11 @@ class Runner:
 
     def _is_due(self, i: int, moved: bool, now: float) -> bool:
         """At once when a clock has moved the watermark and nothing is left to read, else by the policy."""
-        owned, policy = self.owned[i], self.policy
-        if moved and owned.clocked and self._has_ended(i):
-            return True
+        owned, policy, ended = self.owned[i], self.policy, self._has_ended(i)
         full = owned.records >= policy.records or owned.size >= policy.size
-        return full or now - owned.committed >= (policy.seconds if owned.eventful else policy.idle_seconds)
+        if full or (moved and owned.clocked and ended):
+            return True
+        return now - owned.committed >= (policy.seconds if owned.eventful and ended else policy.patient_seconds)
 
     def _commit(self, i: int) -> None:
         owned = self.owned[i]
