@@ -89,6 +89,11 @@ class Contract:
     def names(self) -> list[str]:
         return [f.name for f in self.fields]
 
+    @property
+    def required(self) -> frozenset[str]:
+        """Names of the fields that every event has."""
+        return frozenset(f.name for f in self.fields if not f.optional)
+
     def _field(self, name: str) -> Field:
         return next(f for f in self.fields if f.name == name)
 

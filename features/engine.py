@@ -293,7 +293,14 @@ class Engine:
     def snapshot(self) -> bytes:
         """The whole state; `restore` of an engine with the same views reads it."""
         views = {view.name: view.windows.snapshot() for view in self.views}
-        return pack({"plan": self.plan, "views": views, "timers": [t.snapshot() for t in self.timers], "codes": self.coder.snapshot()})
+        return pack(
+            {
+                "plan": self.plan,
+                "views": views,
+                "timers": [t.snapshot() for t in self.timers],
+                "codes": self.coder.snapshot(),
+            }
+        )
 
     def restore(self, data: bytes) -> None:
         """Continue from a snapshot; a view that it does not have, or has with other windows, starts empty."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -81,6 +82,8 @@ class UseCase:
     views, on_demand, service : the Feast objects
     timers : view name -> rule that makes the view's events from time passing
     prior : the answer before the first model version
+    partition_key, partitions : the field that every event and request carries, and into how many partitions its value
+        divides them: each partition has its own state. One partition needs no key
     retrain_every : cuts are at multiples of it since the epoch
     min_examples : the first version waits for so many
     file_every : offline and archive files close at multiples of it
@@ -98,6 +101,7 @@ class UseCase:
     prior: float
     derive: Callable[[Row], Row] = lambda row: {}
     timers: Mapping[str, TimerRule] = field(default_factory=dict)
+    partition_key: str | None = None
     partitions: int = 1
     retrain_every: timedelta = timedelta(days=7)
     min_examples: int = 2000
@@ -125,7 +129,33 @@ class UseCase:
             raise ConfigError(f"{self.name}: feature names must be unique over all views, these are not: {twice}")
         if not 0 < self.prior < 1:
             raise ConfigError(f"{self.name}: prior must lie between 0 and 1, got {self.prior}")
+        self._check_partitions()
         return self
+
+    def partition(self, value: Any) -> int:
+        """The partition of a value of the partition key: the CRC-32 of its text in UTF-8 modulo the count, which is
+        what librdkafka's default partitioner makes of a record key with that text."""
+        return zlib.crc32(str(value).encode()) % self.partitions
+
+    def partition_of(self, row: Mapping[str, Any]) -> int:
+        """The partition of an event or request by its fields."""
+        return self.partition(row[self.partition_key]) if self.partition_key and self.partitions > 1 else 0
+
+    def _check_partitions(self) -> None:
+        key, count = self.partition_key, self.partitions
+        if count < 1:
+            raise ConfigError(f"{self.name}: partitions must be 1 or more, got {count}")
+        if count == 1:
+            return
+        if key is None:
+            raise ConfigError(f"{self.name}: {count} partitions need a partition_key, a field of every event")
+        if lacking := [c.name for c in (*self.contracts, self.request) if key not in c.required]:
+            raise ConfigError(f"{self.name}: partition_key {key!r} must be a required field of {', '.join(lacking)}")
+        if across := [view.name for view in self.views if key not in view.entities]:
+            raise ConfigError(
+                f"{self.name}: {count} partitions split what these views count together: {', '.join(across)}; "
+                f"give them the entity {key!r}, or the use case partitions=1"
+            )
 
 
 def load(name: str) -> UseCase:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -22,15 +22,43 @@ from fsspec.core import url_to_fs
 from features.errors import StateError
 from features.windows import pack, unpack
 from pipelines.broker import Broker
+from pipelines.step import Step
 
-FORMAT = 1
-Delta = tuple[list[Any], list[Any], int]  # packed records, idle partitions, quiet ms: one call of `Task.advance`
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stored state depends on.
+
+    parts : what the step computes; a view by its name, with its aggregations
+    contracts : topic -> name and version
+    """
+
+    step: str
+    parts: Mapping[str, Any]
+    contracts: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def of(cls, step: Step) -> Plan:
+        contracts = {topic: [c.name, c.version] for topic, c in step.inputs.items()}
+        return cls(**unpack(pack({"step": step.name, "parts": step.plan, "contracts": contracts})))
+
+    def added(self, stored: Plan) -> list[str] | None:
+        """The views that are new, or have new windows, since `stored`; None when anything else has changed."""
+        if self.step != stored.step or not stored.contracts.items() <= self.contracts.items():
+            return None
+        before = {name: stored.parts.get(name, []) for name in self.parts}
+        more = sorted(name for name, part in self.parts.items() if part != before[name])
+        grown = all(isinstance(self.parts[n], list) and set(before[n]) <= set(self.parts[n]) for n in more)
+        return more if grown and stored.parts.keys() <= self.parts.keys() else None
 
 
 @dataclass
 class Loaded:
-    """A snapshot read back: the base's state, then the input to take in again."""
+    """A snapshot read back: the base's state, then the input to take in again; and the plan that made it."""
 
+    plan: Plan
     state: bytes
     deltas: list[Any] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -62,11 +90,11 @@ class Checkpoints:
         grown = self.delta_bytes > max(self.base_bytes, 4 << 20)
         return not self.base or grown or self.number - self.base >= 1000
 
-    def save_base(self, plan: str, state: bytes, files: Sequence[str]) -> str:
+    def save_base(self, plan: Plan, state: bytes, files: Sequence[str]) -> str:
         """Write the whole state; returns the snapshot's name."""
         self.number += 1
         self.base, self.delta_bytes = self.number, 0
-        data = pack({"format": FORMAT, "plan": plan, "state": state, "files": list(files)})
+        data = pack({"format": FORMAT, "plan": asdict(plan), "state": state, "files": list(files)})
         self.base_bytes = len(data)
         self._write(self._path(self._name()), data)
         return self._name()
@@ -82,11 +110,20 @@ class Checkpoints:
     def _name(self) -> str:
         return f"{self.number:010d}-{self.owner}"
 
-    def load(self, name: str, plan: str) -> Loaded:
-        """The snapshot of that name; StateError when it is missing or was made by another plan."""
-        loaded = read_snapshot(self.fs, self.root, name, plan)
+    def load(self, name: str, plan: Plan) -> tuple[Loaded, list[str]]:
+        """The snapshot of that name, and the views that it lacks or has with fewer windows: they start empty.
+
+        StateError when it is missing or was made by a plan that differs in anything else.
+        """
+        loaded = read_snapshot(self.fs, self.root, name)
+        added = plan.added(loaded.plan)
+        if added is None:
+            raise StateError(
+                f"{self.root}: the checkpoint was made by other views, windows or contracts than the use case has now: "
+                "run the definition that made it, or compute the features again with `penstock backfill`"
+            )
         self.number = int(name.split("-")[0])
-        return loaded
+        return loaded, added
 
     def newest(self) -> int:
         """The highest snapshot number there is; 0 without any."""
@@ -117,8 +154,8 @@ class Checkpoints:
         return name
 
 
-def read_snapshot(fs: Any, root: str, name: str, plan: str | None = None) -> Loaded:
-    """Base and deltas of a snapshot; `plan` None reads it only for its file list."""
+def read_snapshot(fs: Any, root: str, name: str) -> Loaded:
+    """Base and deltas of a snapshot; StateError when one is missing."""
 
     def read(number: int) -> dict[str, Any]:
         path = f"{root}/snapshots/{number:010d}-{owner}"
@@ -139,12 +176,7 @@ def read_snapshot(fs: Any, root: str, name: str, plan: str | None = None) -> Loa
     newest = read(last)
     base_number = newest.get("base", last)
     base = newest if base_number == last else read(base_number)
-    if plan is not None and base["plan"] != plan:
-        raise StateError(
-            f"{root}: the checkpoint was made by other views, windows or contracts than the use case has now: "
-            "run the definition that made it, or compute the features again with `penstock backfill`"
-        )
-    loaded = Loaded(base["state"], files=list(base["files"]))
+    loaded = Loaded(Plan(**base["plan"]), base["state"], files=list(base["files"]))
     for number in range(base_number + 1, last + 1):
         delta = newest if number == last else read(number)
         loaded.deltas.append((delta["calls"], delta["files"]))
@@ -152,26 +184,48 @@ def read_snapshot(fs: Any, root: str, name: str, plan: str | None = None) -> Loa
     return loaded
 
 
-def parse_metadata(metadata: str) -> tuple[str, int]:
-    """Snapshot name and watermark (epoch ms) of committed offset metadata."""
-    name, _, watermark = metadata.rpartition(":")
+class Committed(NamedTuple):
+    """What the metadata of a committed position says: the snapshot's name, the watermark (epoch ms), and the views
+    that started empty and are not to be served until they are backfilled."""
+
+    snapshot: str
+    watermark: int
+    unserved: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ":".join([self.snapshot, str(self.watermark), *self.unserved])
+
+
+def parse_metadata(metadata: str) -> Committed:
+    """Committed metadata, `<snapshot>:<watermark>[:<view>...]`, read back."""
+    name, _, rest = metadata.partition(":")
+    watermark, *unserved = rest.split(":")
     if not name or not watermark.isdigit():
         raise StateError(f"committed offsets carry {metadata!r}, not a snapshot: another program commits to this group")
-    return name, int(watermark)
+    return Committed(name, int(watermark), tuple(unserved))
 
 
-def watermark_of(broker: Broker, group: str) -> int | None:
-    """The committed watermark of a step (epoch ms): the lowest over its partitions; None before its first commit."""
-    marks = [parse_metadata(p.metadata)[1] for p in broker.committed(group).values() if p.metadata]
-    return min(marks, default=None)
+def committed_of(broker: Broker, group: str) -> dict[int, Committed]:
+    """What each partition of a step has committed last."""
+    return {tp[1]: parse_metadata(p.metadata) for tp, p in broker.committed(group).items()}
+
+
+def watermark_of(broker: Broker, group: str, partitions: int = 1) -> int | None:
+    """The committed watermark of a step (epoch ms): the lowest of its partitions; None until each has committed."""
+    marks = committed_of(broker, group)
+    return min(c.watermark for c in marks.values()) if len(marks) >= partitions else None
+
+
+def unserved_views(broker: Broker, group: str) -> frozenset[str]:
+    """Views of a step that are not to be served before `penstock backfill` has filled them."""
+    return frozenset(view for committed in committed_of(broker, group).values() for view in committed.unserved)
 
 
 def listed_files(state_url: str, use_case: str, step: str, table: str, broker: Broker) -> list[str]:
     """URLs of the table files that a step's committed snapshots vouch for, over all its partitions."""
-    snapshots = {tp[1]: parse_metadata(p.metadata)[0] for tp, p in broker.committed(f"{use_case}.{step}").items()}
     out = []
-    for partition, name in sorted(snapshots.items()):
+    for partition, committed in sorted(committed_of(broker, f"{use_case}.{step}").items()):
         fs, root = url_to_fs(f"{state_url}/{use_case}/{step}/{partition}")
-        files = read_snapshot(fs, root, name).files
+        files = read_snapshot(fs, root, committed.snapshot).files
         out += [fs.unstrip_protocol(f"{root}/{f}") for f in files if f.startswith(f"{table}/")]
     return out

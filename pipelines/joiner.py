@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import msgspec
+
 from features.contracts import Contract, Field
 from features.usecase import UseCase
 from features.windows import pack, unpack
@@ -41,11 +43,30 @@ def predictions_contract(use_case: UseCase) -> Contract:
     )
 
 
+class Kept(msgspec.Struct):
+    """What of a prediction goes into its example."""
+
+    request_id: str
+    event_time: int
+    version: str
+    arm: str
+    score: float
+    entities: dict[str, Any]
+    fields: dict[str, Any]
+    features: dict[str, Any]
+
+
+encode, decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Kept).decode
+
+
 class Joiner:
     """Joins each prediction with its label; either may come first, and both are kept for the label's `wait`.
 
-    An example's `label_time` is the instant from which it counts, so it never lies behind the watermark. Memory: about
-    the vector's JSON size per prediction that waits, one id per prediction whose wait is over (kept as long again).
+    An example's `label_time` is the instant from which it counts, so it never lies behind the watermark.
+
+    Memory, with J the JSON bytes of a prediction's vector: J + 400 bytes per prediction that waits for its label, 300
+    per label that waits for its prediction and per prediction whose wait is over (it is known as long again). So
+    10 predictions a second of 4 KB each that wait an hour take 160 MB.
     """
 
     name = "joiner"
@@ -60,7 +81,7 @@ class Joiner:
         labels = {topic: c for topic, c in use_case.event_topics.items() if c.name == self.label.event}
         self.inputs: dict[str, Contract] = {predictions.topic: predictions, **labels}
         self.outputs = (self.examples_topic,)  # every record of the cuts topic wakes Airflow: it carries no clocks
-        self.pending: dict[str, dict[str, Any]] = {}
+        self.pending: dict[str, bytes] = {}
         self.labels: dict[str, tuple[float, int]] = {}
         self.expired: dict[str, int] = {}
         self.expiry: deque[tuple[int, str]] = deque()
@@ -94,13 +115,12 @@ class Joiner:
 
     def _predicted(self, event: Event, out: Outputs) -> None:
         value = event.value
-        row = {name: getattr(value, name) for name in ("request_id", "event_time", "version", "arm", "score")}
-        row |= {"entities": value.entities, "fields": value.fields, "features": value.features}
+        kept = encode(Kept(*(getattr(value, name) for name in Kept.__struct_fields__)))
         if value.request_id in self.labels:
             label, _ = self.labels.pop(value.request_id)
-            self._emit(row, label, event.applied, event.partition, out)
+            self._emit(kept, label, event.applied, out)
             return
-        self.pending[value.request_id] = {**row, "partition": event.partition}
+        self.pending[value.request_id] = kept
         self.expiry.append((max(value.event_time, event.applied) + self.wait, value.request_id))
 
     def _labelled(self, event: Event, out: Outputs) -> None:
@@ -108,20 +128,22 @@ class Joiner:
         if label is None:
             return
         key = str(getattr(event.value, self.label.key))
-        if row := self.pending.pop(key, None):
-            self._emit(row, label, event.applied, row.pop("partition"), out)
+        if kept := self.pending.pop(key, None):
+            self._emit(kept, label, event.applied, out)
         elif key in self.expired:
             out.rejected.append(Rejection(event, "late_label", f"the wait for the label of {key!r} is over"))
         else:
             self.labels[key] = (label, event.applied)
             self.expiry.append((event.applied + self.wait, key))
 
-    def _emit(self, row: dict[str, Any], label: float, time: int, partition: int, out: Outputs) -> None:
-        example = {**row, "label": label, "label_time": time}
-        key = row["request_id"].encode()
-        out.messages.append(Message(self.examples_topic, json.dumps(example).encode(), key, partition))
-        entities, fields, features = example.pop("entities"), example.pop("fields"), example.pop("features")
-        out.rows["examples"].append({**entities, **fields, **features, **example})
+    def _emit(self, kept: bytes, label: float, time: int, out: Outputs) -> None:
+        came = {"label": label, "label_time": time}
+        row = decode(kept)
+        value = kept[:-1] + b"," + encode(came)[1:]
+        out.messages.append(Message(self.examples_topic, value, row.request_id.encode(), self.partition))
+        features = {**row.entities, **row.fields, **row.features}
+        about = {n: getattr(row, n) for n in ("request_id", "event_time", "version", "arm", "score")}
+        out.rows["examples"].append({**features, **about, **came})
         self.since_cut += 1
         self.total += 1
 
@@ -134,10 +156,9 @@ class Joiner:
         self._cut(time, out)
 
     def _expire(self, due: int, key: str, out: Outputs) -> None:
-        if row := self.pending.pop(key, None):
-            partition = row.pop("partition")
+        if kept := self.pending.pop(key, None):
             if self.label.on_expiry is not None:
-                self._emit(row, self.label.on_expiry, due, partition, out)
+                self._emit(kept, self.label.on_expiry, due, out)
             else:
                 self.dropped += 1
             self.expired[key] = due

@@ -273,6 +273,7 @@ class _Consumer:
         with _translated("poll"):
             if self._kafka.config["group_id"] and self._kafka._coordinator.need_rejoin():
                 self._kafka._coordinator.poll(timeout_ms=JOIN_MS)
+            self._free_slot()
             batches = self._kafka.poll(timeout_ms=max(0, round(timeout * 1000)), max_records=max_records)
         if self._error is not None:
             error, self._error = self._error, None
@@ -286,6 +287,13 @@ class _Consumer:
             for batch in batches.values()
             for r in batch
         ]
+
+    def _free_slot(self) -> None:
+        """kafka-python gives back what it has put aside for a partition that was paused only when its slot for records
+        is None, and leaves a drained object there: a resumed partition would never be read again."""
+        fetcher = self._kafka._fetcher
+        if not fetcher._next_partition_records:
+            fetcher._next_partition_records = None
 
     def _put_back(self, batches: Mapping[Any, Any]) -> None:
         """What came with a rebalance is read again, from where the callback leaves the position."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import msgspec
@@ -48,7 +47,7 @@ def prediction_message(
         use_case.topic("predictions"),
         msgspec.json.encode(value),
         request_id.encode(),
-        zlib.crc32(request_id.encode()) % use_case.partitions,
+        use_case.partition_of({**keys, **fields}),  # where the label's event will be
         ((SENT_HEADER, str(sent).encode()),),
         timestamp,
     )

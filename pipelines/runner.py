@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,12 +23,15 @@ import structlog
 from features.errors import StateError
 from features.usecase import UseCase
 from pipelines.broker import Broker, Consumer, Message, Position, Producer, Record, TopicPartition, clock_message
-from pipelines.checkpoint import Checkpoints, parse_metadata
+from pipelines.checkpoint import Checkpoints, Committed, Plan, parse_metadata
 from pipelines.intake import Refused
 from pipelines.step import Rows, Step
 from pipelines.task import Produced, Task, pack_call
 
 RAW_LIMIT, RAW_KEPT = 65_536, 4_096
+POLL_RECORDS = 5_000
+MOST_WAITING = 10_000
+IDLE_POLL_S = 0.5
 log = structlog.get_logger()
 
 
@@ -41,10 +44,17 @@ class OnlineStore(Protocol):
 
 @dataclass(frozen=True)
 class CommitPolicy:
-    """When the runner commits: after so many seconds or records with something to commit."""
+    """When the runner commits.
+
+    seconds : at most so long after the last commit, when there is something new
+    records, size : or when so many records of a partition, or bytes of them, have been taken in
+    patient_seconds : instead of `seconds` in a backlog, and when nothing has happened but that time went on
+    """
 
     seconds: float = 0.5
     records: int = 10_000
+    size: int = 16 << 20
+    patient_seconds: float = 5.0
 
     @classmethod
     def every(cls, seconds: float) -> CommitPolicy:
@@ -53,20 +63,51 @@ class CommitPolicy:
 
 @dataclass
 class Owned:
-    """A partition this instance owns: its task, and what has gathered since the last commit."""
+    """A partition this instance owns: its task, and what has gathered since the last commit.
+
+    unserved : views that started empty and wait for `penstock backfill`
+    online : rows that are not written yet, oldest first
+    eventful : whether more than time going on has gathered
+    paused : topics that ran ahead of another one
+    """
 
     task: Task
     checkpoints: Checkpoints
     producer: Producer
     files: list[str]
+    unserved: tuple[str, ...] = ()
+    committed_watermark: int = 0
+    newest_read: float = field(default_factory=time.monotonic)
+    advanced: float = 0.0
+    committed: float = field(default_factory=time.monotonic)
     calls: list[object] = field(default_factory=list)
     produced: Produced = field(default_factory=Produced)
-    committed_watermark: int = 0
+    online: list[Rows] = field(default_factory=list)
     records: int = 0
+    size: int = 0
+    eventful: bool = False
+    paused: set[TopicPartition] = field(default_factory=set)
+
+    @property
+    def waiting(self) -> int:
+        """Events that were read and whose time has not come."""
+        return len(self.task.intake.pending)
+
+    @property
+    def clocked(self) -> bool:
+        return any(p.clock is not None for p in self.task.intake.partitions.values())
+
+    def ahead(self) -> list[TopicPartition]:
+        """The inputs that don't hold the watermark back."""
+        partitions = self.task.intake.partitions
+        return [tp for tp, p in partitions.items() if p.watermark > self.task.watermark]
 
 
 class Runner:
     """Runs one step over the partitions that its consumer group gives it.
+
+    Memory is bounded however much there is to read: what one input has ahead of another waits, at most MOST_WAITING
+    events of a partition, then that input is paused; what gathers for a commit is bounded by the policy.
 
     Parameters
     ----------
@@ -96,102 +137,168 @@ class Runner:
         self.group = f"{use_case.name}.{self.name}"
         self.log = log.bind(use_case=use_case.name, step=self.name)
         self.owned: dict[int, Owned] = {}
+        self.ends: dict[TopicPartition, int] | None = None
         self.last_read: dict[TopicPartition, float] = {}
-        self.newest_read = self.last_commit = time.monotonic()
         self.reported: Counter[str] = Counter()
         self.consumer: Consumer
 
     def run(self, stop: threading.Event, *, once: bool = False) -> None:
-        """Work until `stop` is set, or with `once` up to the end that the input has now (strictly by watermark)."""
-        if once and self.broker.members(self.group):
-            self.log.info("another instance owns this group and is working on it: nothing to do")
+        """Work until `stop` is set, or with `once` exactly to the ends that the input has now, strictly by watermark:
+        records that no watermark has passed wait in the snapshot for the next run."""
+        if once and self._others(0):
             return
+        self.ends = {} if once else None
         self.consumer = self.broker.consumer(
             list(self.inputs), group=self.group, on_assigned=self._assigned, on_revoked=self._revoked
         )
         try:
-            while not self.owned and once and not stop.is_set():
-                self._turn(strict=True)
-            ends = self.consumer.end_offsets(self._partitions()) if once else {}
-            while not stop.is_set() and not (once and self._reached(ends)):
-                self._turn(strict=once)
-            self._commit_all()
+            if once and not self._own_something(stop):
+                return
+            while not stop.is_set() and not self._finished():
+                self._turn()
+            for i in self.owned:
+                self._commit(i)
         finally:
             owned, self.owned = self.owned, {}  # closing hands partitions over, and what failed must not commit
             self.consumer.close()
             for one in owned.values():
                 one.producer.close()
 
-    def _partitions(self) -> list[TopicPartition]:
-        return [(topic, i) for i in self.owned for topic in self.inputs]
+    def _others(self, own: int) -> bool:
+        if others := self.broker.members(self.group) > own:
+            self.log.info("another instance owns this group and is working on it: nothing to do")
+        return others
 
-    def _reached(self, ends: Mapping[TopicPartition, int]) -> bool:
-        return all(self.consumer.position(tp) >= end for tp, end in ends.items())
+    def _own_something(self, stop: threading.Event) -> bool:
+        """Wait for partitions; False when another instance has them all."""
+        while not self.owned and not stop.is_set():
+            self._turn()
+            if not self.owned and self._others(1):
+                return False
+        return True
 
-    def _turn(self, strict: bool) -> None:
-        """One poll, one call per owned partition, one commit if it is due."""
-        records = self.consumer.poll(self.idle_timeout)
+    def _inputs(self, i: int) -> list[TopicPartition]:
+        return [(topic, i) for topic in self.inputs]
+
+    def _finished(self) -> bool:
+        """Whether all is read up to the ends, or what is left runs ahead of an input that has ended."""
+        if self.ends is None:
+            return False
+        paused = {tp for owned in self.owned.values() for tp in owned.paused}
+        left = {tp for tp, end in self.ends.items() if tp[1] in self.owned and self.consumer.position(tp) < end}
+        if left and left <= paused:
+            self.log.info("the rest waits for events of another topic", topics=sorted({topic for topic, _ in left}))
+        return left <= paused
+
+    def _turn(self) -> None:
+        """One poll, one call per owned partition, the commits that are due."""
+        records = self._within_ends(self.consumer.poll(self._patience(), POLL_RECORDS))
         now = time.monotonic()
         by_partition: dict[int, list[Record]] = {}
         for record in records:
             by_partition.setdefault(record.partition, []).append(record)
             self.last_read[record.topic, record.partition] = now
-        if records:
-            self.newest_read = now
-        urgent = False
+        drained = len(records) < POLL_RECORDS  # else another partition's records may wait in the client
         for i, owned in self.owned.items():
-            urgent |= self._advance(i, owned, by_partition.get(i, []), now, strict)
-        if urgent or now - self.last_commit >= self.policy.seconds or self._gathered() >= self.policy.records:
-            self._commit_all()
+            mine = by_partition.get(i, [])
+            if mine:
+                owned.newest_read = now
+            idle, quiet_ms = self._idle(i, now) if drained and self.ends is None else ([], 0)
+            moved = self._advance(i, mine, idle, quiet_ms, now)
+            self._balance(owned, now)
+            if self._is_due(i, moved, now):
+                self._commit(i)
 
-    def _gathered(self) -> int:
-        return sum(owned.records for owned in self.owned.values())
+    def _patience(self) -> float:
+        """How long a poll may wait: with nothing at hand only a record can change anything soon."""
+        busy = self.ends is not None or any(o.waiting or o.eventful for o in self.owned.values())
+        return self.idle_timeout if busy else max(self.idle_timeout, IDLE_POLL_S)
 
-    def _advance(self, i: int, owned: Owned, records: list[Record], now: float, strict: bool) -> bool:
-        """Whether the commit should follow at once: a clock moved the watermark and nothing is left to read."""
-        task = owned.task
-        idle, quiet_ms = ([], 0) if strict else self._idle(i, now)
-        if not records and not idle:
+    def _within_ends(self, records: list[Record]) -> list[Record]:
+        """Without what lies behind the ends of a bounded run, which stays unread."""
+        if self.ends is None:
+            return records
+        for tp, end in self.ends.items():
+            if tp[1] in self.owned and self.consumer.position(tp) >= end:
+                self.consumer.seek(tp, end)
+                self.consumer.pause([tp])
+        return [r for r in records if r.offset < self.ends[r.topic, r.partition]]
+
+    def _idle(self, i: int, now: float) -> tuple[list[TopicPartition], int]:
+        """The inputs that have ended and are silent; if all are, for how many ms."""
+        tps, owned = self._inputs(i), self.owned[i]
+        quiet = [tp for tp in tps if now - self.last_read.get(tp, 0.0) >= self.idle_timeout and tp not in owned.paused]
+        silent = list(filter(self.consumer.at_end, quiet))
+        return silent, round((now - owned.newest_read) * 1000) if len(silent) == len(tps) else 0
+
+    def _advance(self, i: int, records: list[Record], idle: list[TopicPartition], quiet_ms: int, now: float) -> bool:
+        """One call of the task; whether the watermark has moved."""
+        owned, task = self.owned[i], self.owned[i].task
+        time_is_due = idle and (owned.waiting or now - owned.advanced >= self.policy.seconds)
+        if not records and not time_is_due:
             return False
-        before = task.watermark
+        before, waiting = task.watermark, owned.waiting
         produced = task.advance(records, idle, quiet_ms)
+        owned.advanced = now
         if not records and task.watermark == before:
             return False
         owned.calls.append(pack_call(records, idle, quiet_ms))
         owned.records += len(records)
-        if produced.online and self.store:
-            self.store.write(produced.online)
+        owned.size += sum(len(r.value or b"") for r in records)
+        owned.eventful |= bool(records or produced.online or produced.messages or owned.waiting != waiting)
+        owned.online += produced.online
+        if self._has_ended(i):
+            self._write_online(owned)
         gathered = owned.produced
         gathered.messages += produced.messages
         gathered.refused += produced.refused
         gathered.closed += produced.closed
-        clocked = any(p.clock is not None for p in task.intake.partitions.values())
-        ended = all(self.consumer.at_end((topic, i)) for topic in self.inputs)
-        return clocked and ended and task.watermark > before
+        return task.watermark > before
 
-    def _idle(self, i: int, now: float) -> tuple[list[TopicPartition], int]:
-        tps = [(topic, i) for topic in self.inputs]
-        silent = [
-            tp for tp in tps if now - self.last_read.get(tp, 0.0) >= self.idle_timeout and self.consumer.at_end(tp)
-        ]
-        return silent, round((now - self.newest_read) * 1000) if len(silent) == len(tps) else 0
+    def _has_ended(self, i: int) -> bool:
+        return all(map(self.consumer.at_end, self._inputs(i)))
 
-    def _commit_all(self) -> None:
-        for i, owned in self.owned.items():
-            if owned.calls:
-                self._commit(i, owned)
-        self.last_commit = time.monotonic()
-        self._report()
+    def _write_online(self, owned: Owned) -> None:
+        """At once when nothing is left to read; once per commit in a backlog, where a key changes many times."""
+        if owned.online and self.store:
+            self.store.write(owned.online[::-1])  # a store passes over the rows that a newer one precedes
+        owned.online = []
 
-    def _commit(self, i: int, owned: Owned) -> None:
+    def _balance(self, owned: Owned, now: float) -> None:
+        """Pause the inputs that run ahead while too many events wait for another one."""
+        if owned.waiting >= MOST_WAITING:
+            ahead = set(owned.ahead()) - owned.paused
+            self.consumer.pause(sorted(ahead))
+            owned.paused |= ahead
+        elif owned.paused and owned.waiting <= MOST_WAITING // 2:
+            self.consumer.resume(sorted(tp for tp in owned.paused if not self._is_read(tp)))
+            self.last_read |= dict.fromkeys(owned.paused, now)  # what has come since has not been fetched
+            owned.paused.clear()
+
+    def _is_read(self, tp: TopicPartition) -> bool:
+        return self.ends is not None and self.consumer.position(tp) >= self.ends[tp]
+
+    def _is_due(self, i: int, moved: bool, now: float) -> bool:
+        """At once when a clock has moved the watermark and nothing is left to read, else by the policy."""
+        owned, policy, ended = self.owned[i], self.policy, self._has_ended(i)
+        full = owned.records >= policy.records or owned.size >= policy.size
+        if full or (moved and owned.clocked and ended):
+            return True
+        return now - owned.committed >= (policy.seconds if owned.eventful and ended else policy.patient_seconds)
+
+    def _commit(self, i: int) -> None:
+        owned = self.owned[i]
+        if not owned.calls:
+            return
         checkpoints, produced = owned.checkpoints, owned.produced
+        self._write_online(owned)
         closed: list[str] = []
         for table, rows in produced.closed:
             closed.append(checkpoints.write_table(table, rows, checkpoints.number * 1000 + len(closed)))
         owned.files += closed
         rebased = checkpoints.wants_base
         if rebased:
-            name = checkpoints.save_base(owned.task.plan, owned.task.snapshot(), owned.files)
+            name = checkpoints.save_base(Plan.of(owned.task.step), owned.task.snapshot(), owned.files)
         else:
             name = checkpoints.save_delta(owned.calls, closed)
         watermark = owned.task.watermark
@@ -199,14 +306,16 @@ class Runner:
         if watermark > owned.committed_watermark:
             messages += [clock_message(topic, i, watermark) for topic in self.outputs]
         owned.producer.send(messages)
-        positions = {(t, i): Position(self.consumer.position((t, i)), f"{name}:{watermark}") for t in self.inputs}
+        metadata = str(Committed(name, watermark, owned.unserved))
+        positions = {tp: Position(self.consumer.position(tp), metadata) for tp in self._inputs(i)}
         owned.producer.commit(positions, self.consumer)
         if rebased:
             checkpoints.clean_snapshots(checkpoints.number)
         if self.on_commit and messages:
             self.on_commit(messages)
-        owned.calls, owned.produced, owned.records = [], Produced(), 0
-        owned.committed_watermark = watermark
+        owned.calls, owned.produced, owned.records, owned.size, owned.eventful = [], Produced(), 0, 0, False
+        owned.committed, owned.committed_watermark = time.monotonic(), watermark
+        self._report()
 
     def _rejected(self, refused: Refused) -> Message:
         record = refused.record
@@ -233,8 +342,8 @@ class Runner:
 
     def _assigned(self, partitions: set[TopicPartition]) -> None:
         for i in sorted({p for _, p in partitions} - set(self.owned)):
-            self.owned[i] = self._own(i)
-            self.log.info("partition owned", partition=i, watermark=self.owned[i].task.watermark)
+            self.owned[i] = owned = self._own(i)
+            self.log.info("partition owned", partition=i, watermark=owned.task.watermark, unserved=owned.unserved)
 
     def _own(self, i: int) -> Owned:
         """Fence the previous owner, load what it committed, forget what it didn't."""
@@ -242,13 +351,14 @@ class Runner:
         root = f"{self.state_url}/{self.use_case.name}/{self.name}/{i}"
         checkpoints = Checkpoints(root, secrets.token_hex(4))
         task = Task(self.use_case, self.make_step(i), i)
-        committed = self.consumer.committed([(topic, i) for topic in self.inputs])
+        committed = self.consumer.committed(self._inputs(i))
         files: list[str] = []
+        unserved: set[str] = set()
         if committed:
-            name = max(parse_metadata(p.metadata)[0] for p in committed.values())
-            loaded = checkpoints.load(name, task.plan)
+            newest = max(parse_metadata(p.metadata) for p in committed.values())
+            loaded, added = checkpoints.load(newest.snapshot, Plan.of(task.step))
             task.restore(loaded.state, loaded.deltas)
-            files = loaded.files
+            files, unserved = loaded.files, {*newest.unserved, *added}
             for tp, position in committed.items():
                 self.consumer.seek(tp, position.offset)
         elif checkpoints.newest() > 1:
@@ -257,12 +367,15 @@ class Runner:
                 "restore the group's offsets, or remove the folder to start over"
             )
         checkpoints.clean(files)
-        return Owned(task, checkpoints, producer, files, committed_watermark=task.watermark if committed else 0)
+        self.consumer.resume(self._inputs(i))
+        if self.ends is not None:
+            self.ends |= self.consumer.end_offsets(self._inputs(i))
+        owned = Owned(task, checkpoints, producer, files, tuple(sorted(unserved)))
+        owned.committed_watermark = task.watermark if committed else 0
+        return owned
 
     def _revoked(self, partitions: set[TopicPartition]) -> None:
         for i in {p for _, p in partitions} & set(self.owned):
-            owned = self.owned.pop(i)
-            if owned.calls:
-                self._commit(i, owned)
-            owned.producer.close()
+            self._commit(i)
+            self.owned.pop(i).producer.close()
             self.log.info("partition handed over", partition=i)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from zlib import crc32
 
 import msgspec
 
@@ -24,7 +23,7 @@ class Feed:
 
     def __init__(self, broker: Broker, use_case: UseCase, source: Source, from_ms: int) -> None:
         self.topics = {contract.name: topic for topic, contract in use_case.event_topics.items()}
-        self.partitions, self.source, self.producer = use_case.partitions, source, broker.producer()
+        self.use_case, self.source, self.producer = use_case, source, broker.producer()
         self._tails = tails(broker, sorted(self.topics.values()))
         self.clock = _lowest(self._tails)
         self.position = max(from_ms, self.clock or 0)
@@ -35,7 +34,7 @@ class Feed:
         now = round(time.time() * 1000)
         headers = (("sent", str(now).encode()),)
         for event in self.source.events(self.position, until_ms):
-            tp = (self.topics[event.event], crc32(event.key) % self.partitions)
+            tp = (self.topics[event.event], self.use_case.partition(event.key.decode()))
             if not self._is_there(tp, event.time, event.value):
                 messages.append(Message(tp[0], event.value, event.key, tp[1], headers, event.time))
                 sent.append((event.time, now))
@@ -46,7 +45,8 @@ class Feed:
     def mark(self, time_ms: int) -> None:
         """The clock record on every partition of the event topics; all before it is acknowledged on return."""
         if self.clock is None or self.clock < time_ms:
-            self.send([clock_message(t, i, time_ms) for t in self.topics.values() for i in range(self.partitions)])
+            partitions = range(self.use_case.partitions)
+            self.send([clock_message(t, i, time_ms) for t in self.topics.values() for i in partitions])
             self.clock = time_ms
             self._tails.clear()
 
@@ -63,8 +63,9 @@ class Feed:
 class Followed:
     """A topic of requests or predictions: which request ids have come, and up to when it is complete (`clock`)."""
 
-    def __init__(self, broker: Broker, topic: str, partitions: int) -> None:
-        self.topic, self.partitions = topic, partitions
+    def __init__(self, broker: Broker, use_case: UseCase, name: str) -> None:
+        self.use_case, self.topic = use_case, use_case.topic(name)
+        topic = self.topic
         found = tails(broker, [topic])
         self.clock = _lowest(found)
         self.ids = {r.key.decode() for tail in found.values() for r in tail.after if r.key is not None}
@@ -82,12 +83,13 @@ class Followed:
         if self.clock is not None and self.clock >= time_ms:
             return []
         self.clock = time_ms
-        return [clock_message(self.topic, i, time_ms) for i in range(self.partitions)]
+        return [clock_message(self.topic, i, time_ms) for i in range(self.use_case.partitions)]
 
     def request_message(self, request: Request) -> Message:
         """A scoring request as a record of this topic."""
-        key, value = request.id.encode(), msgspec.json.encode(request.row)
-        return Message(self.topic, value, key, crc32(key) % self.partitions, timestamp=request.time)
+        partition = self.use_case.partition_of({**request.row["entities"], **request.row.get("fields", {})})
+        value = msgspec.json.encode(request.row)
+        return Message(self.topic, value, request.id.encode(), partition, timestamp=request.time)
 
     def close(self) -> None:
         self._consumer.close()

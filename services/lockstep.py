@@ -84,12 +84,15 @@ class Lockstep:
         """Wall clock at which the step's committed watermark was seen at or past `tick`."""
         s, group = self.session, self.session.group(step)
 
+        def reached() -> int | None:
+            return watermark_of(s.broker, group, s.use_case.partitions)
+
         def lacking() -> str:
-            mark = watermark_of(s.broker, group)
+            mark = reached()
             where = "has committed nothing yet" if mark is None else f"has only reached {iso(mark)}"
             return f"step {group} {where}, awaited {iso(tick)}: see `penstock status` and {s.logs}"
 
-        wait_until(lambda: (watermark_of(s.broker, group) or 0) >= tick, lacking, s.plan.deadline_s)
+        wait_until(lambda: (reached() or 0) >= tick, lacking, s.plan.deadline_s)
         return time.time()
 
     def _wait_predictor(self) -> None:

@@ -95,7 +95,8 @@ class Paced:
         if not self.unread:
             return []
         s = self.session
-        mark = watermark_of(s.broker, s.group("featurizer" if s.http else "scorer")) or 0
+        step = s.group("featurizer" if s.http else "scorer")
+        mark = watermark_of(s.broker, step, s.use_case.partitions) or 0
         now, fresh = round(time.time() * 1000), []
         while self.unread and self.unread[0][0] < mark:
             fresh.append(now - self.unread.popleft()[1])

@@ -68,13 +68,13 @@ class Session:
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
-        plan, name, partitions = self.plan, self.use_case.topic, self.use_case.partitions
+        plan = self.plan
         self.http = plan.requests == "http"
         self.feed = Feed(self.broker, self.use_case, self.source, plan.from_ms)
-        self.predictions = Followed(self.broker, name("predictions"), partitions)
-        self.requests = Followed(self.broker, name("requests"), partitions)
+        self.predictions = Followed(self.broker, self.use_case, "predictions")
+        self.requests = Followed(self.broker, self.use_case, "requests")
         self.clocked = self.predictions if self.http else self.requests
-        self.models = Newest(self.broker, name("models"))
+        self.models = Newest(self.broker, self.use_case.topic("models"))
         self.client = PredictClient(self.settings.predictor_url, deadline_s=plan.deadline_s)
         self.log = ReplayLog(log_path(self.settings, self.use_case.name))
         self.logs = self.settings.home / "logs"

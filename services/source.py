@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 from features.errors import ConfigError
 
-SOURCES = {"flights": "services.timetable"}
+SOURCES = {"flights": "services.timetable", "clicks": "services.clickstream"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ def _step(broker: Broker, use_case: UseCase, step: str) -> dict[str, Any]:
         ends = consumer.end_offsets(list(positions))
         consumer.close()
         lag = sum(max(0, ends[tp] - p.offset) for tp, p in positions.items())
-    return {"watermark": watermark_of(broker, group), "lag": lag, "members": broker.members(group)}
+    mark = watermark_of(broker, group, 1 if step == "control" else use_case.partitions)
+    return {"watermark": mark, "lag": lag, "members": broker.members(group)}
 
 
 def as_text(result: dict[str, Any]) -> str:

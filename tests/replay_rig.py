@@ -24,7 +24,7 @@ from services.progress import Progress
 from services.replay_session import Plan, Session
 from services.settings import Settings
 from services.source import Request, SourceEvent
-from services.topics import topics
+from services.topics import create_topics
 from tests.memory_broker import MemoryBroker
 from tests.toy import use_case
 
@@ -134,7 +134,7 @@ def serve(predictor: Predictor) -> Iterator[int]:
 @contextmanager
 def loop(broker: MemoryBroker, home: Path, failures: int = 0) -> Iterator[tuple[Settings, Predictor]]:
     """Steps and predictor running; the topics are there."""
-    broker.create_topics(topics(use_case), use_case.partitions)
+    create_topics(broker, use_case)
     store, stop = MemoryStore(use_case), threading.Event()
     predictor = Predictor(broker, store, failures=failures)
     steps = [

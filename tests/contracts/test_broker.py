@@ -298,6 +298,21 @@ def test_a_paused_partition_waits(broker: Broker, topic: str) -> None:
     follower.close()
 
 
+def test_what_was_fetched_before_a_pause_comes_after_it(broker: Broker, topic: str) -> None:
+    write(broker, *(Message(topic, b"%d" % i, None, p) for p in (0, 1) for i in range(50)))
+    follower = broker.consumer([topic])
+    found: list[Record] = []
+    until(lambda: bool(found.extend(follower.poll(0.2, 5)) or found), "the first records")
+    mine = found[0].partition
+    follower.pause([(topic, mine)])
+    other = {(topic, 1 - mine)}
+    until(lambda: bool(found.extend(follower.poll(0.2, 5)) or follower.position(*other) == 50), "the other partition")
+    follower.resume([(topic, mine)])
+    until(lambda: bool(found.extend(follower.poll(0.2, 5)) or len(found) >= 100), "all records")
+    assert sorted((r.partition, r.offset) for r in found) == [(p, i) for p in (0, 1) for i in range(50)]
+    follower.close()
+
+
 def test_a_group_goes_on_where_its_predecessor_committed(broker: Broker, topic: str) -> None:
     group = f"{topic}.group"
     write(broker, *(Message(topic, b"%d" % i) for i in range(5)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import StateError
+from features.windows import pack, unpack
 from pipelines.broker import Message, clock_message, clock_of
-from pipelines.checkpoint import Checkpoints, listed_files, watermark_of
+from pipelines.checkpoint import (
+    Checkpoints,
+    Committed,
+    Plan,
+    listed_files,
+    parse_metadata,
+    unserved_views,
+    watermark_of,
+)
 from pipelines.featurizer import Featurizer
 from pipelines.joiner import Joiner
 from pipelines.memory_store import MemoryStore
-from pipelines.runner import CommitPolicy, Runner
+from pipelines.runner import CommitPolicy, Owned, Runner
 from tests.memory_broker import MemoryBroker
 from tests.toy import use_case as toy
 
@@ -208,6 +219,190 @@ def test_a_snapshot_without_positions_is_refused(tmp_path: Path) -> None:
     orders(again := make_broker(), 0, 20)
     with pytest.raises(StateError, match="no committed positions"):
         once(runner(again, lambda _: Featurizer(use_case), tmp_path, Store(use_case)))
+
+
+def late_returns(broker: MemoryBroker, orders_at: int, returns_at: int, n: int) -> None:
+    """n orders and n returns, a minute apart, no clocks; the two topics begin far from each other."""
+    for i in range(n):
+        value = order(f"o{i}", START + (orders_at + i) * MINUTE)
+        send(broker, Message("toy.ordered", json.dumps(value).encode(), timestamp=value["time"]))
+        back = {"id": f"r{i}", "time": START + (returns_at + i) * MINUTE, "order": f"o{i}", "why": "late"}
+        send(broker, Message("toy.returned", json.dumps(back).encode(), timestamp=back["time"]))
+
+
+def send(broker: MemoryBroker, *messages: Message) -> None:
+    producer = broker.producer()
+    producer.send(messages)
+    producer.flush()
+
+
+def until(r: Runner, reached: Callable[[], bool], what: str) -> None:
+    """Run `r` on a thread until `reached`."""
+    stop, give_up = threading.Event(), time.monotonic() + 20
+    thread = threading.Thread(target=r.run, args=(stop,))
+    thread.start()
+    pause = threading.Event()
+    while not reached() and thread.is_alive() and time.monotonic() < give_up:
+        pause.wait(0.01)
+    ok = reached()
+    stop.set()
+    thread.join()
+    assert ok, f"no {what} within 20 s"
+
+
+def test_an_input_that_runs_ahead_is_paused_and_memory_stays_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_returns(broker := make_broker(), 5000, 0, 600)
+    monkeypatch.setattr("pipelines.runner.MOST_WAITING", 50)
+    monkeypatch.setattr("pipelines.runner.POLL_RECORDS", 20)
+    store, most = Store(use_case), 0
+    r = runner(broker, lambda _: Featurizer(use_case), tmp_path, store)
+    r.policy = CommitPolicy(0.05, 100)
+    balance = r._balance
+
+    def watched(owned: Owned, now: float) -> None:
+        nonlocal most
+        most = max(most, owned.waiting)
+        balance(owned, now)
+
+    monkeypatch.setattr(r, "_balance", watched)
+    end = START + 5599 * MINUTE
+    until(r, lambda: (watermark_of(broker, "toy.featurizer") or 0) >= end, "end of the backlog")
+    assert 50 <= most <= 70
+    assert r.reported == {}
+    assert (
+        store.read([{"shop": "s", "item": 1}])[0]["all_orders"][0]["all_count"] == 75
+    )  # an hour and the tile it begins in
+
+
+def test_a_bounded_run_ends_when_only_inputs_are_left_that_run_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_returns(broker := make_broker(), 5000, 0, 100)
+    monkeypatch.setattr("pipelines.runner.MOST_WAITING", 30)
+    monkeypatch.setattr("pipelines.runner.POLL_RECORDS", 10)
+    make = lambda _: Featurizer(use_case)  # noqa: E731
+    once(runner(broker, make, tmp_path, Store(use_case)))
+    committed = broker.committed("toy.featurizer")
+    assert committed["toy.returned", 0].offset == 100
+    assert 30 <= committed["toy.ordered", 0].offset <= 40
+    assert watermark_of(broker, "toy.featurizer") == START + 99 * MINUTE
+    send(broker, clock_message("toy.returned", 0, START + 9000 * MINUTE))
+    once(runner(broker, make, tmp_path, store := Store(use_case)))
+    assert broker.committed("toy.featurizer")["toy.ordered", 0].offset == 100
+    assert watermark_of(broker, "toy.featurizer") == START + 5099 * MINUTE
+    assert store.read([{"shop": "s", "item": 1}])[0]["all_orders"][1] == START + 5098 * MINUTE + 1
+
+
+def test_a_bounded_run_stops_exactly_where_the_input_ended_at_its_start(tmp_path: Path) -> None:
+    orders(broker := make_broker(), 0, 40)
+    ends = {tp: len(broker.logs[tp]) for tp in (("toy.ordered", 0), ("toy.returned", 0))}
+
+    class Busy(Store):
+        def write(self, rows: Any) -> None:
+            orders(broker, 40 + 20 * len(broker.logs["toy.ordered", 0]), 20)
+            super().write(rows)
+
+    once(runner(broker, lambda _: Featurizer(use_case), tmp_path, Busy(use_case)))
+    assert len(broker.logs["toy.ordered", 0]) > ends["toy.ordered", 0]
+    assert {tp: p.offset for tp, p in broker.committed("toy.featurizer").items()} == ends
+    assert watermark_of(broker, "toy.featurizer") == START + 40 * MINUTE
+
+
+def test_a_bounded_run_leaves_the_work_to_a_live_owner(tmp_path: Path) -> None:
+    orders(broker := make_broker(), 0, 20)
+    owner = broker.consumer(["toy.ordered", "toy.returned"], group="toy.featurizer")
+    owner.poll(0)
+    once(runner(broker, lambda _: Featurizer(use_case), tmp_path, Store(use_case)))
+    assert broker.committed("toy.featurizer") == {}
+
+
+def test_an_empty_input_does_not_hold_the_others_back(tmp_path: Path) -> None:
+    orders(broker := make_broker(), 1, 3, clock=False)  # none of them is returned
+    store = Store(use_case)
+    r = runner(broker, lambda _: Featurizer(use_case), tmp_path, store)
+    until(r, lambda: len(store.snapshot_rows()["shop_item"]) == 3, "row of each order")
+
+
+def test_time_that_goes_on_alone_is_seldom_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders(broker := make_broker(), 1, 3, clock=False)
+    r = runner(broker, lambda _: Featurizer(use_case), tmp_path, store := Store(use_case))
+    r.policy = CommitPolicy(seconds=0.02, patient_seconds=1e9)
+    commits, moves = [], []
+    commit, advance = r._commit, r._advance
+
+    def watched_commit(i: int) -> None:
+        if r.owned[i].calls:
+            commits.append(r.owned[i].eventful)
+        commit(i)
+
+    def watched_advance(i: int, *args: Any) -> bool:
+        moved = advance(i, *args)
+        moves.append(moved and not r.owned[i].eventful)
+        return moved
+
+    monkeypatch.setattr(r, "_commit", watched_commit)
+    monkeypatch.setattr(r, "_advance", watched_advance)
+    monkeypatch.setattr("pipelines.runner.IDLE_POLL_S", 0.02)
+    until(r, lambda: sum(moves) >= 3, "moves of time alone")
+    assert len(store.snapshot_rows()["shop_item"]) == 3
+    assert commits[-1:] == [False] and all(commits[:-1])  # the last one is that of the stop
+
+
+class Tolerant(Featurizer):
+    """Starts the views empty that a snapshot lacks."""
+
+    def restore(self, data: bytes) -> None:
+        state, empty = unpack(data), unpack(self.engine.snapshot())
+        self.engine.restore(pack({**state, "views": {**empty["views"], **state["views"]}}))
+
+
+def test_a_view_that_was_added_starts_empty_and_is_not_served(tmp_path: Path) -> None:
+    fewer = replace(use_case, views=use_case.views[1:])
+    orders(broker := make_broker(), 0, 20)
+    once(Runner(broker, fewer, lambda _: Featurizer(fewer), str(tmp_path), store=Store(fewer)))
+    assert unserved_views(broker, "toy.featurizer") == frozenset()
+    for start in (20, 40):
+        orders(broker, start, 20)
+        once(runner(broker, lambda _: Tolerant(use_case), tmp_path, store := Store(use_case)))
+        assert unserved_views(broker, "toy.featurizer") == {"all_orders"}
+    rows = store.read([{"shop": f"s{59 % 3}", "item": 59 % 2}])[0]
+    assert rows["all_orders"][0]["all_count"] == 40
+    expected = sum(f"s{i % 3}" == f"s{59 % 3}" and i % 2 == 59 % 2 for i in range(60))
+    assert rows["shop_item"][0]["si_count"] == expected
+
+
+def plan(**changes: Any) -> Plan:
+    parts = {"a": ["count(x)"], "b": ["sum(x)"], "wait": 5}
+    return Plan(**{"step": "s", "parts": parts, "contracts": {"t": ["c", 1]}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        ({}, []),
+        ({"parts": {"a": ["count(x)"], "b": ["sum(x)"], "wait": 5, "c": ["mean(x)"]}}, ["c"]),
+        ({"parts": {"a": ["count(x)", "count(y)"], "b": ["sum(x)"], "wait": 5}}, ["a"]),
+        ({"contracts": {"t": ["c", 1], "u": ["d", 1]}}, []),
+        ({"parts": {"a": ["count(y)"], "b": ["sum(x)"], "wait": 5}}, None),
+        ({"parts": {"a": ["count(x)"], "wait": 5}}, None),
+        ({"parts": {"a": ["count(x)"], "b": ["sum(x)"], "wait": 6}}, None),
+        ({"parts": {"a": ["count(x)"], "b": ["sum(x)"], "wait": 5, "late": 1}}, None),
+        ({"contracts": {"t": ["c", 2]}}, None),
+        ({"contracts": {}}, None),
+        ({"step": "other"}, None),
+    ],
+)
+def test_what_a_stored_state_can_be_read_by(changes: dict[str, Any], added: list[str] | None) -> None:
+    assert plan(**changes).added(plan()) == added
+
+
+def test_committed_metadata_reads_back() -> None:
+    for committed in (Committed("0000000001-ab", 5), Committed("0000000001-ab", 5, ("v", "w"))):
+        assert parse_metadata(str(committed)) == committed
+    with pytest.raises(StateError, match="another program"):
+        parse_metadata("")
 
 
 def test_another_plan_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from services.airflow_env import airflow_env
 from services.embedded import closed_folder, own_services
 from services.processes import Service, is_alive, process_id
 from services.settings import ROOT, Settings
-from services.topics import topics
+from services.topics import control_topics, topics
 from tests.toy import use_case as toy
 
 SUPERVISE = """
@@ -218,7 +218,7 @@ def test_no_password_is_on_a_command_line(settings: Settings) -> None:
 
 
 def test_topics_keep_everything_and_event_time() -> None:
-    declared = topics(toy)
+    declared = topics(toy) | control_topics(toy)
     assert {f"{toy.name}.predictions", f"{toy.name}.rejected", *toy.event_topics} <= set(declared)
     assert all(t["retention.ms"] == "-1" and t["message.timestamp.type"] == "CreateTime" for t in declared.values())
     assert [name for name, t in declared.items() if t.get("cleanup.policy") == "compact"] == [f"{toy.name}.models"]
