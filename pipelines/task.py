@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,13 +37,6 @@ class Task:
         self.intake = Intake({(topic, partition): contract for topic, contract in step.inputs.items()})
         self.file_every = round(use_case.file_every.total_seconds() * 1000)
         self.tables: dict[str, list[Any]] = {}
-
-    @property
-    def plan(self) -> str:
-        """A hash of everything that a stored state depends on."""
-        contracts = {topic: (c.name, c.version) for topic, c in self.step.inputs.items()}
-        text = json.dumps([self.step.name, self.step.plan, contracts], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def watermark(self) -> int:

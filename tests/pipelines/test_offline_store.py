@@ -22,7 +22,7 @@ from features.oracle import brute_force
 from features.vectors import empty_row
 from features.views import entity
 from pipelines.broker import Message, Position, clock_message
-from pipelines.checkpoint import Checkpoints
+from pipelines.checkpoint import Checkpoints, Plan
 from pipelines.featurizer import Featurizer
 from pipelines.memory_store import MemoryStore
 from pipelines.offline_store import NAME, PenstockOfflineStoreConfig, historical_features
@@ -124,7 +124,7 @@ def stored(tmp_path: Path) -> PenstockOfflineStoreConfig:
         checkpoints.write_table("all_orders", all_rows((START, 5)), 2),
     ]
     checkpoints.write_table("shop_item", shop_rows((START + 5 * MINUTE, 99)), 3)
-    name = checkpoints.save_base("plan", b"", files)
+    name = checkpoints.save_base(Plan("featurizer", {}, {}), b"", files)
     return PenstockOfflineStoreConfig(state_url=str(tmp_path), broker=Committed(name))
 
 
@@ -194,7 +194,7 @@ def test_no_rows_are_no_rows(stored: PenstockOfflineStoreConfig) -> None:
 
 
 def test_a_view_without_files_reads_as_the_empty_window(tmp_path: Path) -> None:
-    name = Checkpoints(f"{tmp_path}/toy/featurizer/0", "o").save_base("plan", b"", [])
+    name = Checkpoints(f"{tmp_path}/toy/featurizer/0", "o").save_base(Plan("featurizer", {}, {}), b"", [])
     config = PenstockOfflineStoreConfig(state_url=str(tmp_path), broker=Committed(name))
     assert historical_features(use_case, config, at(START)).si_count.tolist() == [0]
 
@@ -203,7 +203,7 @@ def test_files_may_lie_behind_any_filesystem() -> None:
     checkpoints = Checkpoints("memory://far/toy/featurizer/0", "o")
     files = [checkpoints.write_table("shop_item", shop_rows((START, 1)), 1)]
     config = PenstockOfflineStoreConfig(
-        state_url="memory://far", broker=Committed(checkpoints.save_base("plan", b"", files))
+        state_url="memory://far", broker=Committed(checkpoints.save_base(Plan("featurizer", {}, {}), b"", files))
     )
     assert historical_features(use_case, config, at(START)).si_count.tolist() == [1]
     fsspec.filesystem("memory").rm("/far", recursive=True)

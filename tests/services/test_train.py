@@ -14,7 +14,7 @@ import pytest
 from features.errors import PenstockError
 from features.usecase import UseCase
 from pipelines.broker import Message, Position, clock_message
-from pipelines.checkpoint import Checkpoints
+from pipelines.checkpoint import Checkpoints, Plan
 from pipelines.job import Job, Recipe
 from pipelines.registry import Version
 from services import train as service
@@ -56,7 +56,7 @@ class World:
         checkpoints = Checkpoints(f"{home}/state/toy/joiner/0", "owner")
         tables = [pq.read_table(f) for f in write_archive(home / "rows", 2000, days=17)]
         files = [checkpoints.write_table("examples", table, i) for i, table in enumerate(tables)]
-        name = checkpoints.save_base("plan", b"", files)
+        name = checkpoints.save_base(Plan("featurizer", {}, {}), b"", files)
         position = Position(0, f"{name}:{START + 20 * DAY}")
         self.broker.groups["toy.joiner"].committed[("toy.predictions", 0)] = position
 
