@@ -1,15 +1,14 @@
 """27 features from Kafka, values kept in state: a fold by hand in Quix Streams, run in the environment of its lock.
 
-`python quixstreams_fold.py BROKER TOPIC EVENTS END_MS STATE_DIR` prints JSON. Each key has one small entry (totals of
-its windows and the open bucket of each slide) and one entry per closed bucket, so an event costs one read and one
-write per grouping whatever the window; buckets that leave are read once. Packed integers instead of the default JSON,
-one state prefix for all groupings instead of a topic to re-key each, changelog off.
+`python quixstreams_fold.py BROKER TOPIC EVENTS END_MS STATE_DIR` prints JSON. The state of a key is one entry of packed
+integers: the totals of its windows and the buckets of each slide that hold events, so an event costs one read and one
+write per grouping. One state prefix for all groupings instead of a topic to re-key each, no JSON, changelog off.
 """
 
 import json
-import struct
 import sys
 import time
+from array import array
 from typing import Any
 
 from quixstreams import Application
@@ -17,10 +16,11 @@ from quixstreams.models import Deserializer
 
 MINUTE = 60_000
 SLIDES = (15 * MINUTE, 60 * MINUTE)
-WINDOWS = ((60 * MINUTE, 0), (180 * MINUTE, 0), (1440 * MINUTE, 1))  # length, index of its slide
-HEAD, BUCKET = struct.Struct("<20q"), struct.Struct("<3q")
-# A head: for each window its first bucket, count, sum, late; for each slide its open bucket's number, count, sum, late.
-FIRST_OPEN = 4 * len(WINDOWS)
+WINDOWS = ((60 * MINUTE, 0, False), (180 * MINUTE, 0, True), (1440 * MINUTE, 1, True))  # length, slide, its longest
+# An entry: how many of its numbers are buckets of the first slide; for each window the first bucket it covers, count,
+# sum, late; then the buckets, oldest first, of the first slide and of the second: number, count, sum, late.
+TOTALS, BUCKETS = 1, 1 + 4 * len(WINDOWS)
+EMPTY = array("q", [0] * BUCKETS).tobytes()
 
 
 class OneKey(Deserializer):
@@ -30,55 +30,55 @@ class OneKey(Deserializer):
         return b"all"
 
 
-def bucket_key(key: bytes, slide: int, number: int) -> bytes:
-    return b"%b|%d|%d" % (key, slide, number)
+def region(entry: "array[int]", slide: int) -> tuple[int, int]:
+    """Where the buckets of a slide begin and end."""
+    middle = BUCKETS + entry[0]
+    return (middle, len(entry)) if slide else (BUCKETS, middle)
 
 
-def expire(state: Any, key: bytes, head: list[int], now: int) -> None:
+def expire(entry: "array[int]", now: int) -> None:
     """Take what has left each window out of its totals; `now` is the instant of the value."""
-    for w, (length, s) in enumerate(WINDOWS):
-        at, opened = 4 * w, FIRST_OPEN + 4 * s
-        first, last = head[at], (now - length) // SLIDES[s]
+    for w, (length, slide, longest) in enumerate(WINDOWS):
+        at, last = TOTALS + 4 * w, (now - length) // SLIDES[slide]
+        first = entry[at]
         if first >= last:
             continue
-        head[at] = last
-        if head[at + 1] == 0:
-            continue
-        for number in range(first, min(last, head[opened])):
-            if raw := state.get_bytes(bucket_key(key, s, number)):
-                count, total, late = BUCKET.unpack(raw)
-                head[at + 1] -= count
-                head[at + 2] -= total
-                head[at + 3] -= late
-                if length == max(x for x, slide in WINDOWS if slide == s):
-                    state.delete(bucket_key(key, s, number))
-        if head[opened] < last:  # the open bucket itself has left
-            head[at + 1] = head[at + 2] = head[at + 3] = 0
+        entry[at] = last
+        start, end = region(entry, slide)
+        i = start
+        while i < end and entry[i] < last:
+            if entry[i] >= first:
+                entry[at + 1] -= entry[i + 1]
+                entry[at + 2] -= entry[i + 2]
+                entry[at + 3] -= entry[i + 3]
+            i += 4
+        if longest and i > start:
+            del entry[start:i]
+            entry[0] -= (i - start) * (slide == 0)
 
 
-def add(state: Any, key: bytes, head: list[int], at_ms: int, delay: int, late: int) -> None:
-    """Count one event in the totals and in the open buckets, closing those that are over."""
-    for w in range(len(WINDOWS)):
-        at = 4 * w
-        head[at + 1] += 1
-        head[at + 2] += delay
-        head[at + 3] += late
-    for s, slide in enumerate(SLIDES):
-        at, number = FIRST_OPEN + 4 * s, at_ms // slide
-        if head[at] != number:
-            if head[at + 1]:
-                state.set_bytes(bucket_key(key, s, head[at]), BUCKET.pack(*head[at + 1 : at + 4]))
-            head[at : at + 4] = [number, 0, 0, 0]
-        head[at + 1] += 1
-        head[at + 2] += delay
-        head[at + 3] += late
+def add(entry: "array[int]", at_ms: int, delay: int, late: int) -> None:
+    """Count one event in the totals and in the newest bucket of each slide."""
+    for at in range(TOTALS, BUCKETS, 4):
+        entry[at + 1] += 1
+        entry[at + 2] += delay
+        entry[at + 3] += late
+    for slide, length in enumerate(SLIDES):
+        (start, end), number = region(entry, slide), at_ms // length
+        if end > start and entry[end - 4] == number:
+            entry[end - 3] += 1
+            entry[end - 2] += delay
+            entry[end - 1] += late
+        else:
+            entry[end:end] = array("q", (number, 1, delay, late))
+            entry[0] += 4 * (slide == 0)
 
 
-def values(head: list[int]) -> list[Any]:
+def values(entry: "array[int]") -> list[Any]:
     """Count, mean delay and rate of late ones for each window; null when it is empty."""
     out: list[Any] = []
-    for w in range(len(WINDOWS)):
-        count, total, late = head[4 * w + 1 : 4 * w + 4]
+    for at in range(TOTALS, BUCKETS, 4):
+        count, total, late = entry[at + 1 : at + 4]
         out += [count, total / count if count else None, late / count if count else None]
     return out
 
@@ -98,13 +98,12 @@ class Fold:
         delay = row["dep_delay"]
         for name, seen in self.keys.items():
             seen.add(row[name])
-            entry = f"{name}:{row[name]}".encode()
-            raw = state.get_bytes(entry)
-            head = list(HEAD.unpack(raw)) if raw else [0] * 20
-            expire(state, entry, head, timestamp + 1)
-            add(state, entry, head, timestamp, delay, delay > 15)
-            values(head)
-            state.set_bytes(entry, HEAD.pack(*head))
+            place = f"{name}:{row[name]}".encode()
+            entry = array("q", state.get_bytes(place, EMPTY))
+            expire(entry, timestamp + 1)
+            add(entry, timestamp, delay, delay > 15)
+            values(entry)
+            state.set_bytes(place, entry.tobytes())
         self.left -= 1
         if not self.left:
             self.seconds, self.cpu_seconds = (b - a for a, b in zip(self.began, now(), strict=True))
@@ -112,11 +111,11 @@ class Fold:
                 name: {k: self.read(state, f"{name}:{k}".encode()) for k in ks} for name, ks in self.keys.items()
             }
 
-    def read(self, state: Any, entry: bytes) -> list[Any]:
+    def read(self, state: Any, place: bytes) -> list[Any]:
         """The values at the end."""
-        head = list(HEAD.unpack(state.get_bytes(entry)))
-        expire(state, entry, head, self.end)
-        return values(head)
+        entry = array("q", state.get_bytes(place))
+        expire(entry, self.end)
+        return values(entry)
 
 
 def now() -> tuple[float, float]:

@@ -23,6 +23,7 @@ from services import stack, timetable, wiring
 from services.airflow_env import child_env
 from services.processes import die_with_parent
 from services.settings import PORTS, ROOT, Settings
+from services.setup.install import cache
 from services.topics import topics
 
 DAY_MS = 86_400_000
@@ -70,7 +71,11 @@ def _free_base(first: int) -> int:
 def process(
     command: Sequence[str], env: Mapping[str, str], core: int | None = None, **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A child, on one core if given, that gets neither our Ctrl-C nor outlives the block or this process."""
+    """A child, on one core if given, that gets neither our Ctrl-C nor outlives the block or this process.
+
+    What it compiles is kept with what set-up keeps: in a rig's folder each run would compile, and measure, it anew.
+    """
+    env = {**env, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(cache() / "numba")}
 
     def prepare() -> None:
         die_with_parent(signal.SIGTERM)
@@ -90,8 +95,8 @@ def process(
 
 def measured(command: Sequence[str], settings: Settings | None = None) -> dict[str, Any]:
     """The JSON object that a child on one core prints as its last line."""
-    env = child_env(settings) if settings else dict(os.environ)
-    with process(command, {**env, "PYTHONPATH": str(ROOT)}, core(), stdout=subprocess.PIPE) as child:
+    env = child_env(settings) if settings else os.environ
+    with process(command, env, core(), stdout=subprocess.PIPE) as child:
         output = child.communicate()[0]
     if child.returncode:
         raise UnavailableError(f"{' '.join(command[1:])} ended with code {child.returncode}; its messages are above")
