@@ -17,28 +17,26 @@ from features.flights import carrier, departed, departures, dest, origin
 from features.flights import use_case as flights
 from features.usecase import UseCase
 from pipelines.featurizer import Featurizer
+from pipelines.memory_store import MemoryStore
 from pipelines.runner import CommitPolicy, Runner
-from pipelines.step import Event, Outputs, Rows
+from pipelines.step import Event, Outputs
 from services import wiring
 from services.settings import Settings
 
-NAME, HOURS = "fold", (1, 3, 24)
+HOURS, WHAT = (1, 3, 24), ("dep_delay_count", "dep_delay_mean", "late_mean")
 
 
 def fold_use_case() -> UseCase:
     """The flights' departures alone, in 27 features."""
     contract = replace(departed, topic=flights.topic("departed"))
     views = tuple(departures(e.name, [e], HOURS) for e in (origin, carrier, dest))
-    return replace(flights, name=NAME, contracts=(contract,), views=views, on_demand=(), timers={})
+    return replace(flights, name="fold", contracts=(contract,), views=views, on_demand=(), timers={})
 
 
 class Fold(Featurizer):
-    """The featurizer without offline rows; `began` is when its first event came (wall and CPU seconds)."""
-
-    began: tuple[float, float] | None = None
+    """The featurizer without offline rows."""
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
-        self.began = self.began or now()
         out = super().process(events, watermark)
         out.offline = []
         return out
@@ -49,46 +47,30 @@ def now() -> tuple[float, float]:
     return time.monotonic(), time.process_time()
 
 
-class Values:
-    """The newest values of every key."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[tuple[Any, ...], tuple[Any, ...]]] = {}
-
-    def write(self, rows: Sequence[Rows]) -> None:
-        for batch in rows:
-            self.rows.setdefault(batch.view, {}).update(
-                zip(batch.keys, zip(*batch.columns.values(), strict=True), strict=True)
-            )
-
-
 def main() -> dict[str, Any]:
     """Seconds of the run, and the values at its end: grouping -> key -> count, mean and rate of each window."""
-    settings, use_case, values = Settings.load(), fold_use_case(), Values()
-    steps: list[Fold] = []
+    settings, use_case = Settings.load(), fold_use_case()
+    store = MemoryStore(use_case)
+    made: list[tuple[float, float]] = []
 
     def make(partition: int) -> Fold:
-        steps.append(Fold(use_case))
-        return steps[-1]
+        made.append(now())
+        return Fold(use_case)
 
     Runner(
         wiring.broker(settings),
         use_case,
         make,
         settings.state_url,
-        store=values,
+        store=store,
         policy=CommitPolicy.every(settings.commit_interval_s),
     ).run(threading.Event(), once=True)
-    began = next(step.began for step in steps if step.began)
-    seconds, cpu_seconds = (later - earlier for earlier, later in zip(began, now(), strict=True))
-    found = {view: {key[0]: ordered(row) for key, row in rows.items()} for view, rows in values.rows.items()}
+    # The last step was made when the partition was given to it, before anything was read.
+    seconds, cpu_seconds = (later - earlier for earlier, later in zip(made[-1], now(), strict=True))
+    found: dict[str, dict[str, list[Any]]] = {view.name: {} for view in use_case.views}
+    for view, (key,), row, _ in store.snapshot():
+        found[view][key] = [row[f"{view}_{what}_{hours}h"] for hours in HOURS for what in WHAT]
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "values": found}
-
-
-def ordered(row: Sequence[Any]) -> list[Any]:
-    """Count, mean, rate per window, from a row's (mean, count) of each window and then its rates."""
-    means, counts, rates = row[0:6:2], row[1:6:2], row[6:]
-    return [value for window in zip(counts, means, rates, strict=True) for value in window]
 
 
 if __name__ == "__main__":
