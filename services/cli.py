@@ -51,6 +51,11 @@ class Requests(StrEnum):
     topic = "topic"
 
 
+class Bench(StrEnum):
+    features = "features"
+    freshness = "freshness"
+
+
 class Action(StrEnum):
     status = "status"
     consider = "consider"
@@ -220,6 +225,23 @@ def housekeeping(use_case: UseCaseName, as_json: Json = False) -> None:
     with progress_on_stderr():
         done = housekeeping(Settings.load(), load(use_case))
     show(done.as_json(), as_json, str(done))
+
+
+@app.command()
+def bench(
+    what: Annotated[Bench, typer.Argument(help="What to measure.")],
+    days: Annotated[int, typer.Option(min=1, max=366, help="Of features: how much of 2013.")] = 366,
+    seconds: Annotated[int, typer.Option(min=5, max=3600, help="Of freshness: how long.")] = 60,
+    rate: Annotated[int, typer.Option(min=100, max=20_000, help="Of freshness: events a second.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
+    from benchmarks import features, freshness
+    from benchmarks.rig import as_text
+
+    with progress_on_stderr():
+        result = features.bench(days) if what is Bench.features else freshness.bench(seconds, rate)
+    show(result, as_json, as_text(result))
 
 
 @app.command()
