@@ -61,7 +61,7 @@ class Joiner:
         self.inputs: dict[str, Contract] = {predictions.topic: predictions, **labels}
         self.outputs = (self.examples_topic,)  # every record of the cuts topic wakes Airflow: it carries no clocks
         self.pending: dict[str, dict[str, Any]] = {}
-        self.labels: dict[str, tuple[float, int]] = {}
+        self.labels: dict[str, tuple[dict[str, float | None], int]] = {}
         self.expired: dict[str, int] = {}
         self.expiry: deque[tuple[int, str]] = deque()
         self.next_cut = 0
@@ -75,6 +75,7 @@ class Joiner:
             "key": label.key,
             "wait": self.wait,
             "on_expiry": label.on_expiry,
+            "targets": sorted(label.targets),
             "cut": self.every,
         }
 
@@ -97,8 +98,8 @@ class Joiner:
         row = {name: getattr(value, name) for name in ("request_id", "event_time", "version", "arm", "score")}
         row |= {"entities": value.entities, "fields": value.fields, "features": value.features}
         if value.request_id in self.labels:
-            label, _ = self.labels.pop(value.request_id)
-            self._emit(row, label, event.applied, event.partition, out)
+            truth, _ = self.labels.pop(value.request_id)
+            self._emit(row, truth, event.applied, event.partition, out)
             return
         self.pending[value.request_id] = {**row, "partition": event.partition}
         self.expiry.append((max(value.event_time, event.applied) + self.wait, value.request_id))
@@ -107,17 +108,20 @@ class Joiner:
         label = self.label.value(event.value)
         if label is None:
             return
+        truth = {"label": label} | {name: value(event.value) for name, value in self.label.targets.items()}
         key = str(getattr(event.value, self.label.key))
         if row := self.pending.pop(key, None):
-            self._emit(row, label, event.applied, row.pop("partition"), out)
+            self._emit(row, truth, event.applied, row.pop("partition"), out)
         elif key in self.expired:
             out.rejected.append(Rejection(event, "late_label", f"the wait for the label of {key!r} is over"))
         else:
-            self.labels[key] = (label, event.applied)
+            self.labels[key] = (truth, event.applied)
             self.expiry.append((event.applied + self.wait, key))
 
-    def _emit(self, row: dict[str, Any], label: float, time: int, partition: int, out: Outputs) -> None:
-        example = {**row, "label": label, "label_time": time}
+    def _emit(
+        self, row: dict[str, Any], truth: dict[str, float | None], time: int, partition: int, out: Outputs
+    ) -> None:
+        example = {**row, **truth, "label_time": time}
         key = row["request_id"].encode()
         out.messages.append(Message(self.examples_topic, json.dumps(example).encode(), key, partition))
         entities, fields, features = example.pop("entities"), example.pop("fields"), example.pop("features")
@@ -137,7 +141,7 @@ class Joiner:
         if row := self.pending.pop(key, None):
             partition = row.pop("partition")
             if self.label.on_expiry is not None:
-                self._emit(row, self.label.on_expiry, due, partition, out)
+                self._emit(row, {"label": self.label.on_expiry}, due, partition, out)
             else:
                 self.dropped += 1
             self.expired[key] = due
@@ -168,7 +172,7 @@ class Joiner:
     def restore(self, data: bytes) -> None:
         state = unpack(data)
         self.pending, self.expired = state["pending"], state["expired"]
-        self.labels = {key: (label, time) for key, (label, time) in state["labels"].items()}
+        self.labels = {key: (truth, time) for key, (truth, time) in state["labels"].items()}
         self.expiry = deque((due, key) for due, key in state["expiry"])
         self.next_cut, self.since_cut, self.total, self.dropped = state["counts"]
 

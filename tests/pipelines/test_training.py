@@ -23,7 +23,7 @@ from pipelines import archive
 from pipelines.job import Champion, Job, Recipe
 from pipelines.onnx_model import OnnxModel
 from services.ranks import run_ranks
-from tests.archive_files import DAY, INPUTS, START, write_archive
+from tests.archive_files import DAY, INPUTS, START, TARGETS, write_archive
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
 
 
 def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None:
-    job = make_job(tmp_path, 3000)
+    job = make_job(tmp_path, 3000, targets=TARGETS)
     result = run(tmp_path, job)
     assert_each_row_counts_once(job, result)
     evaluation = json.loads((tmp_path / "result/evaluation.json").read_text())
