@@ -21,7 +21,7 @@ class Recipe:
     weight_decay : of weight matrices, embeddings excepted; what is known is few days, and their rows are alike
     warm_up : part of a pass in which the rate rises
     target_weight : of the mean loss on the other targets, beside the label's
-    members, hidden : the net's shape
+    members, hidden, trees : the net's shape
     """
 
     epochs: int = 3
@@ -33,6 +33,7 @@ class Recipe:
     target_weight: float = 3.0
     members: int = 4
     hidden: tuple[int, ...] = (192, 96)
+    trees: int = 200
 
     @classmethod
     def from_scratch(cls) -> Recipe:
@@ -88,8 +89,9 @@ class Job:
     @property
     def declaration(self) -> dict[str, Any]:
         """What weights fit: the inputs, and the shape of the net. A version carries it."""
-        shape = {"targets": list(self.targets), "members": self.recipe.members, "hidden": list(self.recipe.hidden)}
-        return self.inputs.as_json() | shape
+        recipe = self.recipe
+        shape = {"members": recipe.members, "hidden": list(recipe.hidden), "trees": recipe.trees}
+        return self.inputs.as_json() | {"targets": list(self.targets)} | shape
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self) | {"inputs": self.inputs.as_json()}, indent=1))

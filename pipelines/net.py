@@ -1,4 +1,4 @@
-"""The model: hashed embeddings and normalised numbers into a few small MLPs, from raw inputs to scores in one graph."""
+"""The model: hashed embeddings and normalised numbers into a few small MLPs, beside boosted trees, as one graph."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from features.usecase import ModelInputs
+from pipelines.trees import Trees
 
 CLIP = 5.0  # standard deviations
 LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
@@ -73,7 +74,8 @@ class Linears(nn.Module):
 
 
 class Net(nn.Module):
-    """Scores from a model's inputs: the mean, in logit space, of some MLPs that share embeddings and normaliser.
+    """Scores from a model's inputs: the mean, in logit space, of some MLPs that share embeddings and normaliser, and
+    of boosted trees.
 
     Parameters
     ----------
@@ -81,6 +83,7 @@ class Net(nn.Module):
     targets : what each member foretells beside the label
     members : MLPs, which differ by their first weights and their dropout
     hidden : widths of an MLP's layers
+    trees : how many
     dropout : after each of them
     input_dropout : of what an MLP reads
     """
@@ -91,10 +94,12 @@ class Net(nn.Module):
         targets: int = 0,
         members: int = 4,
         hidden: Sequence[int] = (192, 96),
+        trees: int = 200,
         dropout: float = 0.2,
         input_dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        self.trees = Trees(trees)
         self.normaliser = Normaliser(len(inputs.numbers))
         self.tables = nn.ModuleList(nn.Embedding(c.buckets, c.dim) for c in inputs.categories)
         for table in self.tables:
@@ -131,8 +136,12 @@ class Net(nn.Module):
         return logits
 
     def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
-        """The label's logits [n], the mean of the members'."""
-        return self.foretell(numbers, ids)[:, :, 0].mean(0)
+        """The label's logits [n]: the members' mean, and once there are trees the mean of that and theirs."""
+        members: Tensor = self.foretell(numbers, ids)[:, :, 0].mean(0)
+        if not self.trees.count:
+            return members
+        both: Tensor = members + self.trees.fitted * (self.trees(numbers) - members) / 2
+        return both
 
     def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Probabilities [n], without dropout or gradient; the net stays in the mode it was in."""

@@ -81,7 +81,9 @@ class Worker:
         cuda = torch.cuda.is_available() and hvd.nccl_built()
         self.device = torch.device("cuda", hvd.rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
         torch.manual_seed(job.seed)
-        self.model = net.Net(job.inputs, len(job.targets), job.recipe.members, job.recipe.hidden).to(self.device)
+        recipe = job.recipe
+        model = net.Net(job.inputs, len(job.targets), recipe.members, recipe.hidden, recipe.trees)
+        self.model = model.to(self.device)
         self.optimizer = make_optimizer(self.model, job.recipe.weight_decay)
         self.started = time.monotonic()
         self.state = hvd.elastic.TorchState(
@@ -113,11 +115,13 @@ class Worker:
             state.commit()
         if state.phase == FIT:
             self._pass(FIT, self.job.recipe.rate)
+            self._grow(self.data.fit)
             state.evaluation = hvd.broadcast_object(self._evaluate() if hvd.rank() == 0 else None, name="evaluation")
             state.phase, state.position = FINISH, 0
             state.commit()
         if state.phase == FINISH:
             self._pass(FINISH, self.job.recipe.finish_rate)
+            self._grow(self.data.examples)
             state.phase = DONE
             state.commit()
         if hvd.rank() == 0:
@@ -156,6 +160,14 @@ class Worker:
             steps += 1
             if steps % COMMIT_STEPS == 0:
                 state.commit()
+
+    def _grow(self, examples: archive.Examples) -> None:
+        """New trees from these examples; rank 0 grows them for all."""
+        trees = self.model.trees
+        if hvd.rank() == 0:
+            say(f"{trees.count} trees of {len(examples):,} examples")
+            trees.fit(examples.numbers, examples.label, self.job.seed)
+        hvd.broadcast_parameters(trees.state_dict(), root_rank=0)
 
     def _step(self, share: Share, rate: float) -> None:
         """One update by the mean gradient over the rows that count, of all ranks."""

@@ -24,7 +24,8 @@ HOME_OF = {  # vendor -> the files that may know it
     "redis": {"pipelines/feature_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
     "horovod": {"pipelines/training.py"},
-    "torch": {"pipelines/net.py", "pipelines/training.py"},
+    "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py"},
+    "sklearn": {"pipelines/trees.py", "services/audit.py"},
     "fastapi": {"services/predictor.py"},
     "confluent_kafka": set(),
 }

@@ -77,6 +77,19 @@ def test_an_untrained_net_answers_with_the_base_rates() -> None:
     assert torch.sigmoid(model.foretell(numbers, ids))[3, 4].tolist() == pytest.approx([0.25, 0.001, 0.5])
 
 
+def test_trees_have_half_a_say_once_there_are_any(tmp_path: Path) -> None:
+    model = fitted().eval()
+    numbers, ids = example(2000)
+    members = model.score(numbers, ids)
+    model.trees.fit(numbers, (np.nan_to_num(numbers[:, 0]) > 0.5).astype(np.float32), seed=0)
+    logit = (np.log(members / (1 - members)) + model.trees(torch.from_numpy(numbers)).numpy()) / 2
+    assert model.score(numbers, ids) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-5)
+    assert np.abs(model.score(numbers, ids) - members).max() > 0.2
+    net.export(model, tmp_path, INPUTS.as_json(), numbers, ids)
+    onnx = OnnxModel.load(tmp_path, "1")
+    assert np.abs(onnx.score(numbers, ids) - model.score(numbers, ids)).max() < 1e-5
+
+
 def test_export_takes_numbers_that_training_never_saw(tmp_path: Path) -> None:
     net.export(fitted(), tmp_path, INPUTS.as_json(), *example(8))
     odd = np.array([[np.nan] * 3, [np.inf, -np.inf, 3e38], [0, -1e-30, 1]], np.float32)
