@@ -164,7 +164,7 @@ class Worker:
     def _grow(self, examples: archive.Examples) -> None:
         """New trees from these examples; rank 0 grows them for all."""
         trees = self.model.trees
-        if hvd.rank() == 0:
+        if hvd.rank() == 0 and trees.count:
             say(f"{trees.count} trees of {len(examples):,} examples")
             trees.fit(examples.numbers, examples.label, self.job.seed)
         hvd.broadcast_parameters(trees.state_dict(), root_rank=0)
