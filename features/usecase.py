@@ -33,6 +33,8 @@ class Label:
     value : struct -> 0.0 .. 1.0, or None when this event settles nothing
     wait : how long after the prediction's event time it may come
     on_expiry : None drops a prediction without a label; a number is the label then ("no click is 0")
+    targets : name -> struct -> 0.0 .. 1.0, or None: more that the same event settles (how late, not just whether).
+        A model learns to foretell it beside the label, which makes more of few examples, and never answers with it
     """
 
     event: str
@@ -40,6 +42,7 @@ class Label:
     value: Callable[[Any], float | None]
     wait: timedelta
     on_expiry: float | None = None
+    targets: Mapping[str, Callable[[Any], float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,10 @@ class UseCase:
         known = {c.name for c in self.contracts}
         if self.label.event not in known:
             raise ConfigError(f"{self.name}: label.event {self.label.event!r} is none of the contracts {sorted(known)}")
-        names = [f.name for view in self.views for f in view.features]
+        names = [*(f.name for view in (*self.views, *self.on_demand) for f in view.features), *self.label.targets]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            raise ConfigError(f"{self.name}: feature names must be unique over all views, these are not: {twice}")
+            raise ConfigError(f"{self.name}: names of features and targets must be unique, these are not: {twice}")
         if not 0 < self.prior < 1:
             raise ConfigError(f"{self.name}: prior must lie between 0 and 1, got {self.prior}")
         self._check_partitions()

@@ -29,6 +29,7 @@ class Examples:
     numbers : [n, F], NaN for null
     ids : [n, C], rows of the categories' tables
     label : 0 .. 1
+    targets : [n, T], 0 .. 1, NaN for null
     event_time, label_time : epoch ms
     request_id, version : text
     score : what was answered, by `version`
@@ -37,6 +38,7 @@ class Examples:
     numbers: Floats
     ids: npt.NDArray[np.int64]
     label: Floats
+    targets: Floats
     event_time: Times
     label_time: Times
     request_id: npt.NDArray[Any]
@@ -56,64 +58,73 @@ class Examples:
         return self.take(slice(int(first), int(last)))
 
 
-def load(files: Sequence[str], inputs: ModelInputs, from_ms: int, until_ms: int) -> Examples:
+def load(
+    files: Sequence[str], inputs: ModelInputs, from_ms: int, until_ms: int, targets: Sequence[str] = ()
+) -> Examples:
     """The examples of closed archive files whose label came in [from_ms, until_ms).
 
     Parameters
     ----------
     files : paths or URLs (fsspec) of Parquet files
     inputs : which columns become numbers and ids
+    targets : names of the label's other targets; one that a file is too old to have is null in its rows
 
     Raises
     ------
     StateError : a file is missing or unreadable
     ConfigError : an input is no column of the archive
     """
-    parts = [part for file in files if len(part := _load_file(file, inputs, from_ms, until_ms))]
+    parts = [part for file in files if len(part := _load_file(file, inputs, targets, from_ms, until_ms))]
     if not parts:
-        return _none(inputs)
+        return _none(inputs, len(targets))
     whole = Examples(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Examples)))
     return whole.take(np.lexsort((whole.request_id, whole.label_time)))
 
 
-def _none(inputs: ModelInputs) -> Examples:
+def _none(inputs: ModelInputs, targets: int) -> Examples:
     numbers, ids = np.empty((0, len(inputs.numbers)), np.float32), np.empty((0, len(inputs.categories)), np.int64)
     times, floats, texts = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, object)
-    return Examples(numbers, ids, floats, times, times, texts, floats, texts)
+    return Examples(numbers, ids, floats, np.empty((0, targets), np.float32), times, times, texts, floats, texts)
 
 
-def _load_file(file: str, inputs: ModelInputs, from_ms: int, until_ms: int) -> Examples:
+def _load_file(file: str, inputs: ModelInputs, targets: Sequence[str], from_ms: int, until_ms: int) -> Examples:
     wanted = list(dict.fromkeys((*OWN_COLUMNS, *inputs.numbers, *(c.name for c in inputs.categories))))
     try:
         with fsspec.open(file, "rb") as stream:
             parquet = pq.ParquetFile(stream)
             if unknown := sorted(set(wanted) - set(parquet.schema_arrow.names)):
                 raise ConfigError(f"model inputs {', '.join(unknown)} are no columns of the examples archive ({file})")
-            table = parquet.read(columns=wanted)
+            table = parquet.read(columns=[*wanted, *targets])
     except (OSError, pa.ArrowException) as error:
         raise StateError(f"archive file {file} can't be read: {error}") from error
     times = pc.field("label_time")
-    return _columns(table.filter((times >= from_ms) & (times < until_ms)), inputs)
+    return _columns(table.filter((times >= from_ms) & (times < until_ms)), inputs, targets)
 
 
-def _columns(table: pa.Table, inputs: ModelInputs) -> Examples:
+def _columns(table: pa.Table, inputs: ModelInputs, targets: Sequence[str]) -> Examples:
     n = table.num_rows
-    numbers = np.empty((n, len(inputs.numbers)), np.float32)
-    for i, name in enumerate(inputs.numbers):
-        numbers[:, i] = _number(table[name])
     ids = np.empty((n, len(inputs.categories)), np.int64)
     for i, category in enumerate(inputs.categories):
         ids[:, i] = _bucketed(table[category.name], category)
     return Examples(
-        numbers,
+        _numbers(table, inputs.numbers),
         ids,
         _number(table["label"]),
+        _numbers(table, targets),
         table["event_time"].to_numpy(),
         table["label_time"].to_numpy(),
         table["request_id"].to_numpy(zero_copy_only=False),
         _number(table["score"]),
         table["version"].to_numpy(zero_copy_only=False),
     )
+
+
+def _numbers(table: pa.Table, names: Sequence[str]) -> Floats:
+    numbers = np.full((table.num_rows, len(names)), np.nan, np.float32)
+    for i, name in enumerate(names):
+        if name in table.column_names:
+            numbers[:, i] = _number(table[name])
+    return numbers
 
 
 def _number(column: pa.ChunkedArray) -> Floats:

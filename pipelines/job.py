@@ -20,6 +20,8 @@ class Recipe:
     batch : examples per rank and step
     weight_decay : of weight matrices, embeddings excepted; what is known is few days, and their rows are alike
     warm_up : part of a pass in which the rate rises
+    target_weight : of the mean loss on the other targets, beside the label's
+    members, hidden, trees : the net's shape
     """
 
     epochs: int = 3
@@ -28,6 +30,10 @@ class Recipe:
     batch: int = 256
     weight_decay: float = 10.0
     warm_up: float = 0.1
+    target_weight: float = 3.0
+    members: int = 4
+    hidden: tuple[int, ...] = (192, 96)
+    trees: int = 200
 
     @classmethod
     def from_scratch(cls) -> Recipe:
@@ -55,9 +61,10 @@ class Job:
 
     files : URLs of the archive files that are closed; rank 0's list is the one that counts
     inputs : what the model reads
+    targets : what it foretells beside the label
     result : folder that gets the version's files, evaluation.json and, when all is done, result.json
     champion : the version to compare with
-    warm_start : start from the champion's weights; its inputs must be these
+    warm_start : start from the champion's weights; its declaration must be this one
     range_from, cut : label times trained on, half-open
     holdout : the last so many ms before the cut are scored before they are trained on
     max_examples : the newest so many are used
@@ -69,6 +76,7 @@ class Job:
     inputs: ModelInputs
     result: str
     cut: int
+    targets: tuple[str, ...] = ()
     range_from: int = 0
     holdout: int = 86_400_000
     champion: Champion | None = None
@@ -78,14 +86,21 @@ class Job:
     seed: int = 0
     row_log: str = ""
 
+    @property
+    def declaration(self) -> dict[str, Any]:
+        """What weights fit: the inputs, and the shape of the net. A version carries it."""
+        recipe = self.recipe
+        shape = {"members": recipe.members, "hidden": list(recipe.hidden), "trees": recipe.trees}
+        return self.inputs.as_json() | {"targets": list(self.targets)} | shape
+
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self) | {"inputs": self.inputs.as_json()}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Job:
         data: dict[str, Any] = json.loads(path.read_text())
-        data["files"] = tuple(data["files"])
+        data["files"], data["targets"] = tuple(data["files"]), tuple(data["targets"])
         data["inputs"] = ModelInputs.from_json(data["inputs"])
         data["champion"] = Champion(**data["champion"]) if data["champion"] else None
-        data["recipe"] = Recipe(**data["recipe"])
+        data["recipe"] = Recipe(**data["recipe"] | {"hidden": tuple(data["recipe"]["hidden"])})
         return cls(**data)

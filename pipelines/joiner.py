@@ -56,6 +56,7 @@ class Kept(msgspec.Struct):
     features: dict[str, Any]
 
 
+Truth = dict[str, float | None]  # the label and the targets, by name
 encode, decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Kept).decode
 
 
@@ -82,7 +83,7 @@ class Joiner:
         self.inputs: dict[str, Contract] = {predictions.topic: predictions, **labels}
         self.outputs = (self.examples_topic,)  # every record of the cuts topic wakes Airflow: it carries no clocks
         self.pending: dict[str, bytes] = {}
-        self.labels: dict[str, tuple[float, int]] = {}
+        self.labels: dict[str, tuple[Truth, int]] = {}
         self.expired: dict[str, int] = {}
         self.expiry: deque[tuple[int, str]] = deque()
         self.next_cut = 0
@@ -96,6 +97,7 @@ class Joiner:
             "key": label.key,
             "wait": self.wait,
             "on_expiry": label.on_expiry,
+            "targets": sorted(label.targets),
             "cut": self.every,
         }
 
@@ -117,8 +119,8 @@ class Joiner:
         value = event.value
         kept = encode(Kept(*(getattr(value, name) for name in Kept.__struct_fields__)))
         if value.request_id in self.labels:
-            label, _ = self.labels.pop(value.request_id)
-            self._emit(kept, label, event.applied, out)
+            truth, _ = self.labels.pop(value.request_id)
+            self._emit(kept, truth, event.applied, out)
             return
         self.pending[value.request_id] = kept
         self.expiry.append((max(value.event_time, event.applied) + self.wait, value.request_id))
@@ -127,17 +129,18 @@ class Joiner:
         label = self.label.value(event.value)
         if label is None:
             return
+        truth = {"label": label} | {name: value(event.value) for name, value in self.label.targets.items()}
         key = str(getattr(event.value, self.label.key))
         if kept := self.pending.pop(key, None):
-            self._emit(kept, label, event.applied, out)
+            self._emit(kept, truth, event.applied, out)
         elif key in self.expired:
             out.rejected.append(Rejection(event, "late_label", f"the wait for the label of {key!r} is over"))
         else:
-            self.labels[key] = (label, event.applied)
+            self.labels[key] = (truth, event.applied)
             self.expiry.append((event.applied + self.wait, key))
 
-    def _emit(self, kept: bytes, label: float, time: int, out: Outputs) -> None:
-        came = {"label": label, "label_time": time}
+    def _emit(self, kept: bytes, truth: Truth, time: int, out: Outputs) -> None:
+        came = {**truth, "label_time": time}
         row = decode(kept)
         value = kept[:-1] + b"," + encode(came)[1:]
         out.messages.append(Message(self.examples_topic, value, row.request_id.encode(), self.partition))
@@ -158,7 +161,7 @@ class Joiner:
     def _expire(self, due: int, key: str, out: Outputs) -> None:
         if kept := self.pending.pop(key, None):
             if self.label.on_expiry is not None:
-                self._emit(kept, self.label.on_expiry, due, out)
+                self._emit(kept, {"label": self.label.on_expiry}, due, out)
             else:
                 self.dropped += 1
             self.expired[key] = due
@@ -189,7 +192,7 @@ class Joiner:
     def restore(self, data: bytes) -> None:
         state = unpack(data)
         self.pending, self.expired = state["pending"], state["expired"]
-        self.labels = {key: (label, time) for key, (label, time) in state["labels"].items()}
+        self.labels = {key: (truth, time) for key, (truth, time) in state["labels"].items()}
         self.expiry = deque((due, key) for due, key in state["expiry"])
         self.next_cut, self.since_cut, self.total, self.dropped = state["counts"]
 

@@ -1,12 +1,13 @@
-"""The model: hashed embeddings and normalised numbers into a small MLP, from raw inputs to scores in one graph."""
+"""The model: hashed embeddings and normalised numbers into a few small MLPs, beside boosted trees, as one graph."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from features.usecase import ModelInputs
+from pipelines.trees import Trees
 
 CLIP = 5.0  # standard deviations
 LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
@@ -57,43 +60,88 @@ def squash(numbers: Tensor) -> Tensor:
     return torch.sign(numbers) * torch.log1p(torch.abs(numbers))
 
 
+class Linears(nn.Module):
+    """A linear layer for each of K members: [n, inputs] or [K, n, inputs] -> [K, n, outputs]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self.weight) + self.bias
+
+
 class Net(nn.Module):
-    """Scores from a model's inputs.
+    """Scores from a model's inputs: the mean, in logit space, of some MLPs that share embeddings and normaliser, and
+    of boosted trees.
 
     Parameters
     ----------
     inputs : sizes of everything follow from it
-    hidden : widths of the MLP's layers
+    targets : what each member foretells beside the label
+    members : MLPs, which differ by their first weights and their dropout
+    hidden : widths of an MLP's layers
+    trees : how many
     dropout : after each of them
+    input_dropout : of what an MLP reads
     """
 
-    def __init__(self, inputs: ModelInputs, hidden: Sequence[int] = (192, 96), dropout: float = 0.2) -> None:
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        targets: int = 0,
+        members: int = 4,
+        hidden: Sequence[int] = (192, 96),
+        trees: int = 200,
+        dropout: float = 0.2,
+        input_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
+        self.trees = Trees(trees)
         self.normaliser = Normaliser(len(inputs.numbers))
         self.tables = nn.ModuleList(nn.Embedding(c.buckets, c.dim) for c in inputs.categories)
         for table in self.tables:
             nn.init.normal_(table.weight, std=0.05)  # type: ignore[arg-type]
         width = 2 * len(inputs.numbers) + sum(c.dim for c in inputs.categories)
-        self.skip = nn.Linear(width, 1)
-        layers: list[nn.Module] = []
+        self.skip = Linears(members, width, 1 + targets)
+        layers: list[nn.Module] = [nn.Dropout(input_dropout)]
         for size in hidden:
-            layers += [nn.Linear(width, size), nn.SiLU(), nn.LayerNorm(size), nn.Dropout(dropout)]
+            norm = nn.LayerNorm(size, elementwise_affine=False)  # what follows is linear: it scales and shifts itself
+            layers += [Linears(members, width, size), nn.SiLU(), norm, nn.Dropout(dropout)]
             width = size
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(width, 1)
+        self.head = Linears(members, width, 1 + targets)
         for last in (self.skip, self.head):  # random ones would be noise in every score until much has been learned
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+    def start_at(self, truth: npt.NDArray[np.float32]) -> None:
+        """Let an untrained net answer with the mean of each column of `truth` [n, 1 + targets], NaN left out."""
+        known = ~np.isnan(truth)
+        means = np.where(known, truth, 0).sum(0) / np.maximum(1, known.sum(0))
+        rates = np.where(known.any(0), means.clip(0.001, 0.999), 0.5)
+        with torch.no_grad():
+            self.head.bias[:] = torch.logit(torch.from_numpy(rates)).float()
 
     def embed(self, numbers: Tensor, ids: Tensor) -> Tensor:
         """Everything a model reads as one vector per row."""
         return torch.cat([self.normaliser(numbers), *(t(ids[:, i]) for i, t in enumerate(self.tables))], 1)
 
-    def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
-        """Logits [n] of numbers [n, F], NaN allowed, and ids [n, C]."""
+    def foretell(self, numbers: Tensor, ids: Tensor) -> Tensor:
+        """Logits [members, n, 1 + targets], the label's first, of numbers [n, F], NaN allowed, and ids [n, C]."""
         x = self.embed(numbers, ids)
         logits: Tensor = self.head(self.body(x)) + self.skip(x)
-        return logits.squeeze(1)
+        return logits
+
+    def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
+        """The label's logits [n]: the members' mean, and once there are trees the mean of that and theirs."""
+        members: Tensor = self.foretell(numbers, ids)[:, :, 0].mean(0)
+        if not self.trees.count:
+            return members
+        both: Tensor = members + self.trees.fitted * (self.trees(numbers) - members) / 2
+        return both
 
     def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Probabilities [n], without dropout or gradient; the net stays in the mode it was in."""
@@ -113,6 +161,20 @@ def _chunks(rows: npt.NDArray[Any], size: int = 8192) -> list[npt.NDArray[Any]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def losses(logits: Tensor, truth: Tensor, target_weight: float) -> Tensor:
+    """Loss of each row [n]: the label's cross-entropy and the weighted mean of the targets', summed over the members.
+
+    Parameters
+    ----------
+    logits : [members, n, 1 + targets], the label first
+    truth : [n, 1 + targets], 0 .. 1, NaN for a target that is not known
+    """
+    known = ~torch.isnan(truth)
+    wanted = torch.where(known, truth, 0.0).expand_as(logits)
+    each = (binary_cross_entropy_with_logits(logits, wanted, reduction="none") * known).sum(0)
+    return each[:, 0] + target_weight * each[:, 1:].sum(1) / max(1, each.shape[1] - 1)
+
+
 class _Scorer(nn.Module):
     """What is exported: probabilities instead of logits."""
 
@@ -125,9 +187,14 @@ class _Scorer(nn.Module):
 
 
 def export(
-    net: Net, folder: Path, inputs: ModelInputs, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]
+    net: Net,
+    folder: Path,
+    declaration: Mapping[str, Any],
+    numbers: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int64],
 ) -> None:
-    """Write the files of a version: model.onnx, weights.pt, inputs.json, and example.json of the first 8 given rows."""
+    """Write the files of a version: model.onnx, weights.pt, inputs.json (its declaration), and example.json of the
+    first 8 given rows."""
     net = net.cpu().eval()
     numbers, ids = numbers[:EXAMPLE_ROWS], ids[:EXAMPLE_ROWS]
     score = net.score(numbers, ids)
@@ -153,12 +220,12 @@ def export(
     }
     os.replace(graph, folder / "model.onnx")
     write(folder / "weights.pt", weights.getvalue())
-    write(folder / "inputs.json", json.dumps(inputs.as_json()).encode())
+    write(folder / "inputs.json", json.dumps(declaration).encode())
     write(folder / "example.json", json.dumps(example).encode())
 
 
 def load_weights(net: Net, folder: Path) -> None:
-    """Put a version's weights into a net of the same inputs; only tensors are read, no code."""
+    """Put a version's weights into a net of the same declaration; only tensors are read, no code."""
     net.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location="cpu"))
 
 

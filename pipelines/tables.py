@@ -43,8 +43,8 @@ def view_schema(use_case: UseCase, view_name: str) -> pa.Schema:
 
 
 def examples_schema(use_case: UseCase) -> pa.Schema:
-    """Who, when, the label, what was answered, and the served vector by feature name."""
-    fields = dict(EXAMPLE)
+    """Who, when, the label and the other targets, what was answered, and the served vector by feature name."""
+    fields = EXAMPLE | dict.fromkeys(use_case.label.targets, pa.float64())
     fields |= {f.name: FIELDS[f.type] for f in use_case.request.fields if f.name not in fields}
     outputs = chain(use_case.views, use_case.on_demand)
     fields |= {f.name: arrow_type(f.dtype) for view in outputs for f in view.features}

@@ -19,7 +19,6 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from features.errors import PenstockError
 from pipelines import archive, net, quality
@@ -37,11 +36,12 @@ class Data:
     """The examples a rank trains on: in the first phase those before the held-out part, in the last one all."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        examples = archive.load(job.files, job.inputs, job.range_from, job.cut)
+        examples = archive.load(job.files, job.inputs, job.range_from, job.cut, job.targets)
         self.examples = examples.take(slice(max(0, len(examples) - job.max_examples), None))
         held_from = int(np.searchsorted(self.examples.label_time, job.cut - job.holdout))
         self.fit, self.held = self.examples.take(slice(held_from)), self.examples.take(slice(held_from, None))
-        arrays = (self.examples.numbers, self.examples.ids, self.examples.label)
+        truth = np.column_stack([self.examples.label, self.examples.targets])
+        arrays = (self.examples.numbers, self.examples.ids, truth)
         self.tensors = [torch.from_numpy(a).to(device) for a in arrays]
         self.samplers = {
             FIT: Sampler(held_from, job.recipe.batch, job.recipe.epochs, job.seed),
@@ -61,9 +61,8 @@ def learning_rate(recipe: Recipe, base: float, progress: float, world: int) -> f
 def make_optimizer(model: net.Net, weight_decay: float) -> torch.optim.AdamW:
     """AdamW whose state exists from the start: a rank that joins must not take the step, with weight decay, by which
     Horovod would otherwise create it."""
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.dim() > 1 and not name.startswith("tables.")]
-    others = [p for name, p in named if p.dim() <= 1 or name.startswith("tables.")]
+    decayed = [module.weight for module in model.modules() if isinstance(module, net.Linears)]
+    others = [p for p in model.parameters() if not any(p is d for d in decayed)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0)
     for parameter in model.parameters():
@@ -82,7 +81,9 @@ class Worker:
         cuda = torch.cuda.is_available() and hvd.nccl_built()
         self.device = torch.device("cuda", hvd.rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
         torch.manual_seed(job.seed)
-        self.model = net.Net(job.inputs).to(self.device)
+        recipe = job.recipe
+        model = net.Net(job.inputs, len(job.targets), recipe.members, recipe.hidden, recipe.trees)
+        self.model = model.to(self.device)
         self.optimizer = make_optimizer(self.model, job.recipe.weight_decay)
         self.started = time.monotonic()
         self.state = hvd.elastic.TorchState(
@@ -114,11 +115,13 @@ class Worker:
             state.commit()
         if state.phase == FIT:
             self._pass(FIT, self.job.recipe.rate)
+            self._grow(self.data.fit)
             state.evaluation = hvd.broadcast_object(self._evaluate() if hvd.rank() == 0 else None, name="evaluation")
             state.phase, state.position = FINISH, 0
             state.commit()
         if state.phase == FINISH:
             self._pass(FINISH, self.job.recipe.finish_rate)
+            self._grow(self.data.examples)
             state.phase = DONE
             state.commit()
         if hvd.rank() == 0:
@@ -134,8 +137,7 @@ class Worker:
             self.model.normaliser.fit(newer, 1 - 0.5 ** (len(newer) / HALF_LIFE))
         else:
             self.model.normaliser.fit(self.data.fit.numbers)
-            rate = min(max(float(self.data.fit.label.mean()), 0.001), 0.999) if len(self.data.fit) else 0.5
-            torch.nn.init.constant_(self.model.head.bias, math.log(rate / (1 - rate)))
+            self.model.start_at(np.column_stack([self.data.fit.label, self.data.fit.targets]))
 
     def _pass(self, phase: str, base: float) -> None:
         """The steps of a phase that are left."""
@@ -159,16 +161,24 @@ class Worker:
             if steps % COMMIT_STEPS == 0:
                 state.commit()
 
+    def _grow(self, examples: archive.Examples) -> None:
+        """New trees from these examples; rank 0 grows them for all."""
+        trees = self.model.trees
+        if hvd.rank() == 0 and trees.count:
+            say(f"{trees.count} trees of {len(examples):,} examples")
+            trees.fit(examples.numbers, examples.label, self.job.seed)
+        hvd.broadcast_parameters(trees.state_dict(), root_rank=0)
+
     def _step(self, share: Share, rate: float) -> None:
         """One update by the mean gradient over the rows that count, of all ranks."""
         rows = torch.from_numpy(share.rows).to(self.device)
         weights = torch.from_numpy(share.weights).to(self.device)
-        numbers, ids, label = (t[rows] for t in self.data.tensors)
+        numbers, ids, truth = (t[rows] for t in self.data.tensors)
         self.optimizer.zero_grad()
-        loss = binary_cross_entropy_with_logits(self.model(numbers, ids), label, weight=weights, reduction="sum")
+        loss = net.losses(self.model.foretell(numbers, ids), truth, self.job.recipe.target_weight) @ weights
         torch.autograd.backward(loss / share.total)
         hvd.grouped_allreduce_([p.grad for p in self.model.parameters()], op=hvd.Sum, name="gradients")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM * math.sqrt(self.job.recipe.members))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -200,7 +210,7 @@ class Worker:
         """The version's files; result.json last, so that it vouches for the others."""
         folder, examples = Path(self.job.result), self.data.examples
         last = slice(-net.EXAMPLE_ROWS, None)
-        net.export(self.model, folder, self.job.inputs, examples.numbers[last], examples.ids[last])
+        net.export(self.model, folder, self.job.declaration, examples.numbers[last], examples.ids[last])
         net.write(folder / "evaluation.json", json.dumps(self.state.evaluation).encode())
         result = {
             "examples": len(examples),

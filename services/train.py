@@ -11,12 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from features.usecase import ModelInputs, UseCase, load
+from features.usecase import UseCase, load
 from pipelines.broker import Broker
 from pipelines.checkpoint import listed_files
 from pipelines.job import Champion, Job, Recipe
@@ -111,20 +111,20 @@ def _already(name: str, cut: int, version: Version, state: dict[str, Any]) -> Tr
 def _job(
     settings: Settings, use_case: UseCase, broker: Broker, champion: Champion | None, cut: int, folder: Path
 ) -> Job:
-    """The job of a cut; it starts from the champion where that reads the same inputs."""
-    inputs = use_case.inputs
-    warm = champion is not None and _inputs_of(champion) == inputs
-    return Job(
+    """The job of a cut; it starts from the champion where that is the same kind of net."""
+    job = Job(
         files=tuple(listed_files(settings.state_url, use_case.name, "joiner", "examples", broker)),
-        inputs=inputs,
+        inputs=use_case.inputs,
+        targets=tuple(use_case.label.targets),
         result=str(folder / "result"),
         cut=cut,
         holdout=min(LONGEST_HOLDOUT, use_case.retrain_every) // MS,
         champion=champion,
-        warm_start=warm,
-        recipe=Recipe.warm() if warm else Recipe.from_scratch(),
+        recipe=Recipe.from_scratch(),
         seed=cut // 1000 % 2**31,
     )
+    warm = replace(job, warm_start=True, recipe=Recipe.warm())
+    return warm if champion and _declaration_of(champion) == warm.declaration else job
 
 
 def _champion(registry: Registry, name: str, state: dict[str, Any], models: Path) -> Champion | None:
@@ -136,8 +136,8 @@ def _champion(registry: Registry, name: str, state: dict[str, Any], models: Path
     return Champion(version, str(folder), int(state["versions"][version]["cut"]))
 
 
-def _inputs_of(champion: Champion) -> ModelInputs:
-    return ModelInputs.from_json(json.loads((Path(champion.folder) / "inputs.json").read_bytes()))
+def _declaration_of(champion: Champion) -> dict[str, Any]:
+    return dict(json.loads((Path(champion.folder) / "inputs.json").read_bytes()))
 
 
 def _run(job: Job, folder: Path, ranks: int) -> dict[str, Any]:

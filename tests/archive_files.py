@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from features.usecase import Category, ModelInputs
 
+TARGETS = ("strong", "seldom")
 INPUTS = ModelInputs(("x", "y", "late"), (Category("kind", 64, 4), Category("place", 32, 2)))
 DAY = 86_400_000
 START = 15_000 * DAY
@@ -35,6 +36,8 @@ def write_archive(folder: Path, rows: int, days: int = 10, files: int = 2, seed:
             "late": pa.array(rng.random(rows) < 0.5),
             "kind": [None if k == 7 else f"k{k}" for k in kind],
             "place": pa.array(rng.integers(0, 5, rows)),
+            "strong": (logit > 1).astype(float),
+            "seldom": pa.array(np.where(rng.random(rows) < 0.9, np.nan, 1.0), from_pandas=True),
             "recent": [[1.0, 2.0]] * rows,
         }
     )

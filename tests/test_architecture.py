@@ -26,7 +26,8 @@ HOME_OF = {  # vendor -> the files that may know it
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
     "horovod": {"pipelines/training.py"},
-    "torch": {"pipelines/net.py", "pipelines/training.py"},
+    "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py"},
+    "sklearn": {"pipelines/trees.py", "services/audit.py"},
     "fastapi": {"services/predictor.py"},
     "confluent_kafka": set(),
 }

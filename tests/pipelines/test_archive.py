@@ -32,6 +32,16 @@ def test_load_equals_encoding_the_rows_one_by_one(tmp_path: Path) -> None:
     assert examples.event_time.tolist() == [r["event_time"] for r in rows]
 
 
+def test_targets_are_columns_and_null_where_a_file_has_none(tmp_path: Path) -> None:
+    old, new = write_archive(tmp_path, 200)
+    pq.write_table(pq.read_table(old).drop_columns(["strong"]), old)
+    known = pq.read_table(new)["request_id"].to_pylist()
+    examples = archive.load([old, new], INPUTS, *ALL, targets=("seldom", "strong"))
+    assert examples.targets.shape == (200, 2)
+    assert np.array_equal(~np.isnan(examples.targets[:, 1]), np.isin(examples.request_id.astype(str), known))
+    assert 0 < np.isnan(examples.targets[:, 0]).sum() < 200 and np.nanmin(examples.targets[:, 0]) == 1
+
+
 def test_equal_label_times_are_ordered_by_request_id(tmp_path: Path) -> None:
     (file,) = write_archive(tmp_path, 50, files=1)
     table = pq.read_table(file)

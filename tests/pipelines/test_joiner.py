@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.joiner import Joiner, predictions_contract
 from pipelines.step import Event, Outputs
+from pipelines.tables import arrow_table
 from tests.toy import use_case
 
 WAIT = round(use_case.label.wait.total_seconds() * 1000)
@@ -34,6 +35,22 @@ def labelled(id: str, time: int, why: str = "broken") -> Event:
 
 def examples(out: Outputs) -> list[tuple[str, float, int]]:
     return [(r["request_id"], r["label"], r["label_time"]) for r in out.rows["examples"]]
+
+
+def test_an_example_carries_the_other_targets_of_its_label_event() -> None:
+    targets = {"wears": lambda event: float(event.why == "worn"), "open": lambda event: None}
+    more = replace(use_case, label=replace(use_case.label, targets=targets))
+    joiner, restored = Joiner(more), Joiner(more)
+    joiner.process([labelled("b", START, why="worn")], START + 1)
+    first = joiner.process([predicted("a", START + 1), predicted("b", START + 2), predicted("c", START + 3)], START + 4)
+    restored.restore(joiner.snapshot())
+    second = restored.process([labelled("a", START + 5)], START + WAIT + 5)
+    rows = [*first.rows["examples"], *second.rows["examples"]]
+    assert [(r["request_id"], r.get("wears"), r.get("open")) for r in rows] == [
+        ("b", 1.0, None), ("a", 0.0, None), ("c", None, None),
+    ]  # fmt: skip
+    table = arrow_table(more, "examples", rows)
+    assert table["wears"].to_pylist() == [1.0, 0.0, None] and joiner.plan != Joiner(use_case).plan
 
 
 def test_either_side_may_come_first() -> None:

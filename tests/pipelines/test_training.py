@@ -23,7 +23,7 @@ from pipelines import archive
 from pipelines.job import Champion, Job, Recipe
 from pipelines.onnx_model import OnnxModel
 from services.ranks import run_ranks
-from tests.archive_files import DAY, INPUTS, START, write_archive
+from tests.archive_files import DAY, INPUTS, START, TARGETS, write_archive
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
 
 
 def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None:
-    job = make_job(tmp_path, 3000)
+    job = make_job(tmp_path, 3000, targets=TARGETS)
     result = run(tmp_path, job)
     assert_each_row_counts_once(job, result)
     evaluation = json.loads((tmp_path / "result/evaluation.json").read_text())
@@ -119,10 +119,10 @@ def test_a_killed_rank_loses_and_doubles_nothing(tmp_path: Path, which: int) -> 
 
 
 def test_warm_start_continues_the_champion_and_compares_with_it(tmp_path: Path) -> None:
-    first = make_job(tmp_path / "first", 3000, cut=CUT - 3 * DAY)
+    first = make_job(tmp_path / "first", 3000, cut=CUT - 3 * DAY, recipe=Recipe(epochs=2, batch=32, trees=0))
     run(tmp_path / "first", first, ranks=1)
     champion = Champion("1", first.result, first.cut)
-    none = Recipe(epochs=0, rate=0.0, finish_rate=0.0, batch=32)
+    none = Recipe(epochs=0, rate=0.0, finish_rate=0.0, batch=32, trees=0)
     second = make_job(tmp_path / "second", 3000, champion=champion, warm_start=True, recipe=none)
     run(tmp_path / "second", second, ranks=1)
     evaluation = json.loads((tmp_path / "second/result/evaluation.json").read_text())

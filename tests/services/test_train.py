@@ -98,7 +98,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         version = job.champion.version if job.champion else None
         evaluation = {"log_loss": 0.5, "auc": 0.7, "champion": version}
         (result.parent / "evaluation.json").write_text(json.dumps(evaluation))
-        (result.parent / "inputs.json").write_text(json.dumps(job.inputs.as_json()))
+        (result.parent / "inputs.json").write_text(json.dumps(job.declaration))
         result.write_text(
             json.dumps({"examples": 9, "range_from": START, "latest_label_time": job.cut - 1, "seconds": 1})
         )
@@ -159,6 +159,16 @@ def test_new_inputs_start_from_scratch_and_are_compared_all_the_same(world: Worl
     world.train()
     assert jobs[1].champion and not jobs[1].warm_start
     assert world.registry.made[1].tags["warm_start"] == ""
+
+
+def test_another_shape_of_net_starts_from_scratch(world: World, jobs: list[Job]) -> None:
+    world.announce(CUT, 2000)
+    world.train()
+    world.decide("1", CUT)
+    world.use_case = replace(world.use_case, label=replace(world.use_case.label, targets={"strong": lambda event: 1.0}))
+    world.announce(CUT + 7 * DAY, 3000)
+    world.train()
+    assert jobs[1].targets == ("strong",) and jobs[1].champion and not jobs[1].warm_start
 
 
 def test_a_crash_before_registration_does_not_train_again(
