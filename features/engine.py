@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from features.columns import Coder, Prepared, Source, Udf, kind_of
 from features.contracts import Contract
-from features.errors import ConfigError
+from features.errors import ConfigError, StateError
 from features.kernel import INTEGER, Input, Ints, rehash, rehash_known
-from features.timers import DUE, KEY, ROW, UNTIL, Derived, Operations, TimerRule, Timers
+from features.timers import DUE, KEY, UNTIL, Derived, Operations, TimerRule, Timers
 from features.usecase import UseCase
 from features.vectors import join_keys
 from features.windows import Aggregate, ViewRows, ViewWindows, compile_view, pack, unpack
@@ -284,33 +284,59 @@ class Engine:
         for view in self.views:
             yield view.windows.texts
         for timers, row in zip(self.timers, self.row_of, strict=True):
-            live = timers.live
-            yield np.flatnonzero(timers.by_key >= 0)
-            for j, (_, mode) in enumerate(row):
-                if mode == KEY:
-                    yield live[:, ROW + j]
+            yield timers.codes(_coded(row))
+
+    def _fed_by(self, rule: int) -> list[str]:
+        return [view.name for view in self.views if view.rule == rule]
 
     def snapshot(self) -> bytes:
         """The whole state; `restore` of an engine with the same views reads it."""
         views = {view.name: view.windows.snapshot() for view in self.views}
-        return pack(
-            {
-                "plan": self.plan,
-                "views": views,
-                "timers": [t.snapshot() for t in self.timers],
-                "codes": self.coder.snapshot(),
-            }
-        )
+        timers = [
+            {"views": self._fed_by(i), "row": row, "state": self.timers[i].snapshot()}
+            for i, row in enumerate(self.row_of)
+        ]
+        return pack({"plan": self.plan, "views": views, "timers": timers, "codes": self.coder.snapshot()})
 
     def restore(self, data: bytes) -> None:
-        """Continue from a snapshot; a view that it does not have, or has with other windows, starts empty."""
+        """Continue from a snapshot; a view that it does not have, or has with other windows, starts empty.
+
+        Raises StateError when a view has come to share the timers of others, whose rows lack what it needs.
+        """
         state, plan = unpack(data), self.plan
         self.coder.restore(state["codes"])
         for view in self.views:
             if state["plan"].get(view.name) == plan[view.name]:
                 view.windows.restore(state["views"][view.name])
-        for timers, saved in zip(self.timers, state["timers"], strict=True):
-            timers.restore(saved)
+        for i, timers in enumerate(self.timers):
+            for saved in state["timers"]:
+                if set(saved["views"]) & set(self._fed_by(i)):
+                    if [tuple(c) for c in saved["row"]] != self.row_of[i]:
+                        shared = ", ".join(self._fed_by(i))
+                        raise StateError(f"{shared} share a TimerRule: give a view that is new a rule of its own")
+                    timers.restore(saved["state"])
+
+    def adopt(self, name: str, data: bytes) -> None:
+        """Take a view's state over from the snapshot of an engine that has it alone, at the same watermark."""
+        state, view = unpack(data), next(v for v in self.views if v.name == name)
+        coder = Coder()
+        coder.restore(state["codes"])
+
+        def translate(codes: Ints) -> Ints:
+            return self.coder.encode(coder.decode(codes.ravel()).tolist()).reshape(codes.shape)
+
+        view.windows.restore(state["views"][name])
+        view.windows.recode(translate)
+        if view.rule is not None:
+            if self._fed_by(view.rule) != [name]:
+                raise StateError(f"view {name} shares a TimerRule with others: give it a rule of its own")
+            self.timers[view.rule].restore(state["timers"][0]["state"])
+            self.timers[view.rule].recode(translate, _coded(self.row_of[view.rule]))
+
+
+def _coded(row: Sequence[tuple[str, str]]) -> list[int]:
+    """The columns of a timer's row that hold codes."""
+    return [i for i, (_, mode) in enumerate(row) if mode == KEY]
 
 
 def compile_kernels() -> None:

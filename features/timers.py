@@ -86,10 +86,21 @@ class Timers:
         count = _run(operations, watermark, self.pool, self.heap, self.by_key, self.meta, made)
         return Derived(*(part[:count] for part in made))
 
-    @property
-    def live(self) -> Ints:
-        """The timers that are set, as rows of the pool."""
-        return self.pool[self.by_key[self.by_key >= 0]]
+    def codes(self, columns: Sequence[int]) -> Ints:
+        """Every code that the timers refer to: their keys, and these columns of their rows."""
+        return self.pool[self._coded(columns)].ravel()
+
+    def _coded(self, columns: Sequence[int]) -> tuple[Ints, Ints]:
+        """Where live timers hold codes."""
+        return self.by_key[self.by_key >= 0][:, None], np.array([TIMER_KEY, *(ROW + c for c in columns)], np.int64)
+
+    def recode(self, translate: Callable[[Ints], Ints], columns: Sequence[int]) -> None:
+        """Give every key, and these columns of the rows, other codes."""
+        live, where = self.by_key[self.by_key >= 0], self._coded(columns)
+        self.pool[where] = translate(self.pool[where])
+        keys = self.pool[live, TIMER_KEY]
+        self.by_key = np.full(2 * int(keys.max(initial=8)), -1, np.int64)
+        self.by_key[keys] = live
 
     def snapshot(self) -> list[bytes]:
         used = self.pool[: self.meta[TIMERS]], self.heap[: self.meta[QUEUED]], self.by_key, self.meta

@@ -7,7 +7,7 @@ counts from the millisecond after its own until the tile boundary ``floor_h(even
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -316,22 +316,34 @@ class ViewWindows:
         """How many keys have an event in some window."""
         return int((self.state.slots[: self.state.meta[kernel.SLOTS], kernel.LIVE] > 0).sum())
 
-    @property
-    def texts(self) -> Ints:
-        """Every code that the state still refers to."""
+    def _code_places(self) -> Iterator[tuple[Ints, Any]]:
+        """Where the state holds codes: an array, and an index into it."""
         s, kinds = self.state, [self.kinds.get(name, FLOAT) for name, _ in self.reads]
-        live = s.slots[: s.meta[kernel.SLOTS]]
-        live = live[live[:, kernel.LIVE] >= 0]
-        found = [live[:, kernel.KEYS : kernel.KEYS + self.plan.keys].ravel()]
+        live = np.flatnonzero(s.slots[: s.meta[kernel.SLOTS], kernel.LIVE] >= 0)
+        yield s.slots, (live[:, None], np.arange(kernel.KEYS, kernel.KEYS + self.plan.keys))
         for column, depth, at in self.plan.listed.tolist():
             if kinds[column] == TEXT:
-                used = np.arange(depth) < live[:, at, None]
-                found.append(live[:, at + 1 + depth : at + 1 + 2 * depth][used])
-        nodes = s.nodes[s.known[s.known >= 0]]
+                rows, used = np.nonzero(np.arange(depth) < s.slots[live, at][:, None])
+                yield s.slots, (live[rows], at + 1 + depth + used)
+        nodes = s.known[s.known >= 0]
         for d, (column, _) in enumerate(self.plan.distinct.tolist()):
             if kinds[column] == TEXT:
-                found.append(nodes[nodes[:, 1] % len(self.plan.distinct) == d, 2])
-        return np.concatenate(found)
+                yield s.nodes, (nodes[s.nodes[nodes, 1] % len(self.plan.distinct) == d], 2)
+
+    @property
+    def texts(self) -> Ints:
+        """Every code that the state refers to."""
+        return np.concatenate([array[where].ravel() for array, where in self._code_places()])
+
+    def recode(self, translate: Callable[[Ints], Ints]) -> None:
+        """Give every value another code."""
+        for array, where in self._code_places():
+            array[where] = translate(array[where])
+        s = self.state
+        table, known = np.full_like(s.table, -1), np.full_like(s.known, -1)
+        kernel.rehash(self.plan, s, table)
+        kernel.rehash_known(s, known)
+        self.state = s._replace(table=table, known=known)
 
     def snapshot(self) -> dict[str, Any]:
         """Everything `advance` depends on, as plain values."""

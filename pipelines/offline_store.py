@@ -8,7 +8,8 @@ broker is asked for it: a folder alone can't tell a file of a commit that failed
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -56,22 +57,21 @@ class PenstockOfflineStoreConfig(FeastConfigBaseModel):
     memory_mb: int = 1024
     threads: int = 2
 
-    def connect(self) -> Broker:
+    @contextmanager
+    def connected(self) -> Iterator[Broker]:
+        """The broker, for the time of a question."""
         if self.broker is not None:
-            return self.broker  # type: ignore[no-any-return]
+            yield self.broker
+            return
         if "$" in f"{self.state_url}{self.kafka_bootstrap}" or not self.kafka_bootstrap:
             raise ConfigError(
                 'offline store: state_url and kafka_bootstrap are not set: eval "$(penstock up --env)" first'
             )
         from pipelines.kafka import KafkaBroker
 
-        return KafkaBroker(
-            self.kafka_bootstrap,
-            security=self.kafka_security,
-            username=self.kafka_username,
-            password=self.kafka_password,
-            cafile=self.kafka_cafile,
-        )
+        names = ("security", "username", "password", "cafile")
+        with closing(KafkaBroker(self.kafka_bootstrap, **{n: getattr(self, f"kafka_{n}") for n in names})) as broker:
+            yield broker
 
 
 class PenstockOfflineStore(OfflineStore):
@@ -229,16 +229,15 @@ def _join(
     config: PenstockOfflineStoreConfig, lookups: Sequence[_Lookup], entities: pa.Table
 ) -> list[tuple[str, pa.ChunkedArray]]:
     """(name, values) of every feature in the order of `entities`; one view after the other, to bound memory."""
-    found: dict[str, list[Partition]] = {}
+    with config.connected() as broker:
+        use_cases = {_use_case(lookup) for lookup in lookups}
+        found = {use_case: partitions(config.state_url, use_case, broker) for use_case in use_cases}
     columns: list[tuple[str, pa.ChunkedArray]] = []
-    broker = config.connect()
     with tempfile.TemporaryDirectory(prefix="penstock-join-") as folder, duckdb.connect() as db:
         options = {"memory_limit": f"{config.memory_mb}MB", "threads": config.threads, "temp_directory": folder}
         for option, value in options.items():
             db.execute(f"SET {option} = '{value}'")
         db.register("entities", entities)
-        for use_case in {_use_case(lookup) for lookup in lookups}:
-            found[use_case] = partitions(config.state_url, use_case, broker)
         for part in [part for parts in found.values() for part in parts if not part.local][:1]:
             db.register_filesystem(part.fs)
         for lookup in lookups:

@@ -6,6 +6,7 @@ It runs beside everything else, as often as one likes, and may be killed at any 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,11 +43,8 @@ class Done:
 
 def housekeeping(settings: Settings, use_case: UseCase) -> Done:
     """One round for a use case; what it did."""
-    store = wiring.feature_store(settings, use_case)
-    try:
-        return keep_house(settings, use_case, wiring.broker(settings), store, time.time())
-    finally:
-        store.close()
+    with closing(wiring.broker(settings)) as broker, closing(wiring.feature_store(settings, use_case)) as store:
+        return keep_house(settings, use_case, broker, store, time.time())
 
 
 def keep_house(settings: Settings, use_case: UseCase, broker: Broker, store: FeatureStore, now: float) -> Done:
