@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,14 +44,15 @@ class Plan:
         contracts = {topic: [c.name, c.version] for topic, c in step.inputs.items()}
         return cls(**unpack(pack({"step": step.name, "parts": step.plan, "contracts": contracts})))
 
-    def added(self, stored: Plan) -> list[str] | None:
-        """The views that are new, or have new windows, since `stored`; None when anything else has changed."""
+    def added(self, stored: Plan, accepted: Callable[[str], bool] = lambda view: False) -> list[str] | None:
+        """The views that are new, have new windows or, if `accepted`, other ones; None when anything else differs."""
         if self.step != stored.step or not stored.contracts.items() <= self.contracts.items():
             return None
         before = {name: stored.parts.get(name, []) for name in self.parts}
         more = sorted(name for name, part in self.parts.items() if part != before[name])
-        grown = all(isinstance(self.parts[n], list) and set(before[n]) <= set(self.parts[n]) for n in more)
-        return more if grown and stored.parts.keys() <= self.parts.keys() else None
+        views = all(isinstance(self.parts[n], list) for n in more) and stored.parts.keys() <= self.parts.keys()
+        fine = views and all(set(before[n]) <= set(self.parts[n]) or accepted(n) for n in more)
+        return more if fine else None
 
 
 @dataclass
@@ -110,13 +111,26 @@ class Checkpoints:
     def _name(self) -> str:
         return f"{self.number:010d}-{self.owner}"
 
-    def load(self, name: str, plan: Plan) -> tuple[Loaded, list[str]]:
+    def read(self, name: str) -> Loaded:
+        """The snapshot of that name."""
+        return read_snapshot(self.fs, self.root, name)
+
+    def copy(self, other: Checkpoints, file: str) -> None:
+        """Bring a table file here from another partition's root."""
+        self.fs.makedirs(f"{self.root}/{file.rsplit('/', 1)[0]}", exist_ok=True)
+        self.fs.cp_file(f"{other.root}/{file}", f"{self.root}/{file}")
+
+    def load(
+        self, name: str, plan: Plan, accepted: Callable[[str], bool] = lambda view: False
+    ) -> tuple[Loaded, list[str]]:
         """The snapshot of that name, and the views that it lacks or has with fewer windows: they start empty.
+
+        accepted : whether a view may have changed altogether, because there is a backfill of it as it is now
 
         StateError when it is missing or was made by a plan that differs in anything else.
         """
-        loaded = read_snapshot(self.fs, self.root, name)
-        added = plan.added(loaded.plan)
+        loaded = self.read(name)
+        added = plan.added(loaded.plan, accepted)
         if added is None:
             raise StateError(
                 f"{self.root}: the checkpoint was made by other views, windows or contracts than the use case has now: "

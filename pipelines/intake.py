@@ -73,18 +73,20 @@ class Intake:
         self.counts: Counter[str] = Counter()
 
     def advance(
-        self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0
+        self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0, at_least: int = 0
     ) -> tuple[Due, list[Refused]]:
         """Take records in; hand out the events whose time has come.
 
         idle : partitions at their end and silent, which hold nothing back (never those that carry clock records)
         quiet_ms : when all are idle, how long ago the newest record was read: event time goes on at that pace
+        at_least : a watermark that another reader of the same records has reached
         """
         by_partition: dict[TopicPartition, list[Record]] = {}
         for record in records:
             by_partition.setdefault((record.topic, record.partition), []).append(record)
         refused = [r for tp, own in by_partition.items() for r in self._take(tp, own)]
         self._move(idle, quiet_ms)
+        self.watermark = max(self.watermark, at_least)
         self.pending.sort()
         ready = bisect_left(self.pending, (self.watermark,))
         due, self.pending = self.pending[:ready], self.pending[ready:]

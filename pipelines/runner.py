@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +40,16 @@ class OnlineStore(Protocol):
 
     def write(self, rows: Sequence[Rows]) -> None:
         """Returns when every row is acknowledged."""
+
+
+class Adopts(Protocol):
+    """Who knows of backfilled views."""
+
+    def ready(self, view: str, partition: int) -> bool:
+        """Whether there is a backfill of the view as it is defined now."""
+
+    def adopt(self, owned: Owned, view: str, positions: Mapping[TopicPartition, int]) -> bool:
+        """Whether the view's backfill was done, and is now part of the owner's state as of these positions."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Owned:
     committed_watermark: int = 0
     newest_read: float = field(default_factory=time.monotonic)
     advanced: float = 0.0
+    asked: float = 0.0
     committed: float = field(default_factory=time.monotonic)
     calls: list[object] = field(default_factory=list)
     produced: Produced = field(default_factory=Produced)
@@ -116,6 +127,8 @@ class Runner:
     store : the online store, for steps with online rows
     on_commit : called with the messages of each commit, after it (a mirror of the state, say)
     idle_timeout : seconds of silence after which a partition at its end holds nothing back
+    adoption : knows of backfills of the views that are not served yet
+    rejects : whether refused records go to `<uc>.rejected`; not those that another step refuses too
     """
 
     def __init__(
@@ -129,9 +142,12 @@ class Runner:
         on_commit: Callable[[Sequence[Message]], None] | None = None,
         policy: CommitPolicy = CommitPolicy(),
         idle_timeout: float = 0.05,
+        adoption: Adopts | None = None,
+        rejects: bool = True,
     ) -> None:
         self.broker, self.use_case, self.make_step, self.state_url = broker, use_case, make_step, state_url
         self.store, self.on_commit, self.policy, self.idle_timeout = store, on_commit, policy, idle_timeout
+        self.adoption, self.rejects = adoption, rejects
         probe = make_step(0)
         self.name, self.inputs, self.outputs = probe.name, dict(probe.inputs), list(probe.outputs)
         self.group = f"{use_case.name}.{self.name}"
@@ -208,6 +224,24 @@ class Runner:
             self._balance(owned, now)
             if self._is_due(i, moved, now):
                 self._commit(i)
+            if owned.unserved and self.adoption and now - owned.asked >= self.policy.patient_seconds:
+                self._adopt(i, owned, self.adoption)
+                owned.asked = now
+
+    def _adopt(self, i: int, owned: Owned, adoption: Adopts) -> None:
+        """Take over the backfills that are done; their views are served from this commit on."""
+        positions = {tp: self.consumer.position(tp) for tp in self._inputs(i)}
+        adopted = {view for view in owned.unserved if adoption.adopt(owned, view, positions)}
+        if adopted:
+            self._leave_unserved(owned, set(owned.unserved) - adopted)
+            owned.checkpoints.base = 0  # what was adopted is not in the calls of a delta
+            owned.calls.append(pack_call([], [], 0))
+            self._commit(i)
+            self.log.info("views adopted from their backfills", partition=i, views=sorted(adopted))
+
+    @staticmethod
+    def _leave_unserved(owned: Owned, views: set[str]) -> None:
+        owned.unserved, owned.task.unserved = tuple(sorted(views)), frozenset(views)
 
     def _patience(self) -> float:
         """How long a poll may wait: with nothing at hand only a record can change anything soon."""
@@ -302,7 +336,7 @@ class Runner:
         else:
             name = checkpoints.save_delta(owned.calls, closed)
         watermark = owned.task.watermark
-        messages = produced.messages + [self._rejected(r) for r in produced.refused]
+        messages = produced.messages + [self._rejected(r) for r in produced.refused if self.rejects]
         if watermark > owned.committed_watermark:
             messages += [clock_message(topic, i, watermark) for topic in self.outputs]
         owned.producer.send(messages)
@@ -356,9 +390,10 @@ class Runner:
         unserved: set[str] = set()
         if committed:
             newest = max(parse_metadata(p.metadata) for p in committed.values())
-            loaded, added = checkpoints.load(newest.snapshot, Plan.of(task.step))
-            task.restore(loaded.state, loaded.deltas)
+            loaded, added = checkpoints.load(newest.snapshot, Plan.of(task.step), self._has_backfill(i))
             files, unserved = loaded.files, {*newest.unserved, *added}
+            task.unserved = frozenset(unserved)
+            task.restore(loaded.state, loaded.deltas)
             for tp, position in committed.items():
                 self.consumer.seek(tp, position.offset)
         elif checkpoints.newest() > 1:
@@ -370,9 +405,14 @@ class Runner:
         self.consumer.resume(self._inputs(i))
         if self.ends is not None:
             self.ends |= self.consumer.end_offsets(self._inputs(i))
-        owned = Owned(task, checkpoints, producer, files, tuple(sorted(unserved)))
+        owned = Owned(task, checkpoints, producer, files)
+        self._leave_unserved(owned, unserved)
         owned.committed_watermark = task.watermark if committed else 0
         return owned
+
+    def _has_backfill(self, i: int) -> Callable[[str], bool]:
+        adoption = self.adoption
+        return lambda view: adoption is not None and adoption.ready(view, i)
 
     def _revoked(self, partitions: set[TopicPartition]) -> None:
         for i in {p for _, p in partitions} & set(self.owned):

@@ -64,6 +64,10 @@ class Due(Sequence[Event]):
         applied, topic, partition, _, time, record, value = self._items[at]
         return Event(self._contracts[topic], value, time, applied, partition, record)
 
+    def since(self, time: int) -> Due:
+        """Those of event time `time` (epoch ms) or later."""
+        return Due(self._contracts, [item for item in self._items if item.time >= time]) if time else self
+
     def columns(self) -> Events:
         """All of them for the engine."""
         names = tuple(c.name for c in self._contracts)
@@ -127,10 +131,20 @@ class Step(Protocol):
     calls on a restored snapshot gives the same state and outputs.
     """
 
-    name: str
-    inputs: Mapping[str, Contract]  # topic -> contract
-    outputs: Sequence[str]  # topics that carry its clock records
-    plan: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def inputs(self) -> Mapping[str, Contract]:
+        """Topic -> contract."""
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Topics that carry its clock records."""
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """What a stored state depends on, by part; a view's part is the list of its aggregations."""
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs: ...
 

@@ -29,7 +29,10 @@ class Produced:
 
 
 class Task:
-    """Drives one step over one partition. Same calls, same state: a delta snapshot is a list of calls."""
+    """Drives one step over one partition. Same calls, same state: a delta snapshot is a list of calls.
+
+    unserved : views whose rows it keeps to itself, as their windows lack history
+    """
 
     def __init__(self, use_case: UseCase, step: Step, partition: int = 0) -> None:
         self.use_case = use_case
@@ -37,26 +40,32 @@ class Task:
         self.intake = Intake({(topic, partition): contract for topic, contract in step.inputs.items()})
         self.file_every = round(use_case.file_every.total_seconds() * 1000)
         self.tables: dict[str, list[Any]] = {}
+        self.unserved: frozenset[str] = frozenset()
 
     @property
     def watermark(self) -> int:
         return self.intake.watermark
 
-    def advance(self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0) -> Produced:
+    def advance(
+        self, records: Sequence[Record], idle: Collection[TopicPartition] = (), quiet_ms: int = 0, at_least: int = 0
+    ) -> Produced:
         """Take records in and process what is due."""
         before = self.intake.watermark
-        events, refused = self.intake.advance(records, idle, quiet_ms)
+        events, refused = self.intake.advance(records, idle, quiet_ms, at_least)
         if self.intake.watermark == before:
             return Produced(refused=refused)
         out = self.step.process(events, self.intake.watermark)
         refused += [Refused(r.event.record, r.reason, r.detail) for r in out.rejected if r.event.record]
         self.intake.counts.update(r.reason for r in out.rejected)
-        for rows in out.offline:
+        for rows in self._served(out.offline):
             self.tables.setdefault(rows.view, []).append(rows)
         for table, records_of in out.rows.items():
             self.tables.setdefault(table, []).extend(records_of)
         passed = before // self.file_every != self.intake.watermark // self.file_every
-        return Produced(out.messages, out.online, refused, self._close(everything=passed or out.close))
+        return Produced(out.messages, self._served(out.online), refused, self._close(everything=passed or out.close))
+
+    def _served(self, rows: list[Rows]) -> list[Rows]:
+        return [r for r in rows if r.view not in self.unserved] if self.unserved else rows
 
     def _close(self, everything: bool) -> list[tuple[str, pa.Table]]:
         full = [t for t, rows in self.tables.items() if everything or _length(rows) >= FILE_ROWS]

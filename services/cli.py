@@ -217,6 +217,28 @@ def audit(use_case: UseCaseName, as_json: Json = False) -> None:
 
 
 @app.command()
+def backfill(
+    use_case: UseCaseName,
+    view: Annotated[str, typer.Option(help="The stream feature view that is new or was changed.")],
+    from_: Annotated[
+        datetime | None, typer.Option("--from", parser=parse_day, metavar="DATE", help="Events before don't count.")
+    ] = None,
+    until: Annotated[
+        datetime | None, typer.Option(parser=parse_day, metavar="DATE", help="Stop there; a later run goes on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compute a view over history with the engine that serves it; a running featurizer then takes it over."""
+    from features.usecase import load
+    from services.backfill import backfill
+
+    from_ms, until_ms = (None if at is None else round(at.timestamp() * 1000) for at in (from_, until))
+    with progress_on_stderr():
+        result = backfill(Settings.load(), load(use_case), view, from_ms or 0, until_ms)
+    show(result.as_json(), as_json, str(result))
+
+
+@app.command()
 def housekeeping(use_case: UseCaseName, as_json: Json = False) -> None:
     """Merge small offline files, apply their retention, remove dead online keys. Safe beside everything else."""
     from features.usecase import load

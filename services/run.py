@@ -41,9 +41,12 @@ def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:
 def _step(settings: Settings, use_case: UseCase, name: str) -> tuple[Callable[[int], Any], dict[str, Any]]:
     """How to make a step, and what its runner needs beside it."""
     if name == "featurizer":
+        from pipelines.backfill import Adoption
         from pipelines.featurizer import Featurizer
 
-        return lambda partition: Featurizer(use_case), {"store": wiring.feature_store(settings, use_case)}
+        adoption = Adoption(wiring.broker(settings), use_case, settings.state_url)
+        extras = {"store": wiring.feature_store(settings, use_case), "adoption": adoption}
+        return lambda partition: Featurizer(use_case), extras
     if name == "joiner":
         from pipelines.joiner import Joiner
 
