@@ -27,6 +27,7 @@ SESSION_MS, HEARTBEAT_MS, POLL_INTERVAL_MS = 6_000, 1_500, 3_600_000
 JOIN_MS = 3_000  # how long a poll waits for a rebalance; the client forgets one that ends between two polls
 FETCH_WAIT_MS = 250  # a resumed partition joins the next fetch, so it waits this long at most; records end the wait
 TRANSACTION_MS = 10_000
+SETTLE_S = 1.5 * TRANSACTION_MS / 1000  # past it the broker has ended every transaction that a fenced owner left open
 RETRY_BACKOFF_MS = 20
 MAX_METADATA_BYTES = 4_096  # the broker's offset.metadata.max.bytes; more is fatal to a producer
 MAX_RECORD_BYTES = 1_048_576
@@ -164,7 +165,7 @@ class KafkaBroker:
             allow_auto_create_topics=False,
             metrics_enabled=False,
         )
-        consumer = _Consumer(kafka, on_assigned, on_revoked)
+        consumer = _Consumer(kafka, on_assigned, on_revoked, lambda: self.committed(group or ""))
         try:
             consumer.open(topics)
         except PenstockError:
@@ -234,8 +235,14 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-
 class _Consumer:
     """A consumer of one thread. Both callbacks run inside `poll`; a commit in `on_revoked` still counts."""
 
-    def __init__(self, kafka: Any, on_assigned: RebalanceCallback | None, on_revoked: RebalanceCallback | None) -> None:
-        self._kafka = kafka
+    def __init__(
+        self,
+        kafka: Any,
+        on_assigned: RebalanceCallback | None,
+        on_revoked: RebalanceCallback | None,
+        all_committed: Callable[[], dict[Partition, Position]],
+    ) -> None:
+        self._kafka, self._all_committed = kafka, all_committed
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._closing = False
         self._error: BaseException | None = None
@@ -341,12 +348,20 @@ class _Consumer:
         return bool(state.position.offset >= state.highwater)
 
     def committed(self, partitions: Sequence[Partition]) -> dict[Partition, Position]:
-        with _translated("committed positions"):
-            found = {
-                p: self._kafka.committed(TopicPartition(*p), metadata=True, timeout_ms=int(ANSWER_S * 1000))
-                for p in partitions
-            }
+        deadline = time.monotonic() + SETTLE_S
+        try:
+            with _translated("committed positions"):
+                found = {p: self._stable(p, deadline) for p in partitions}
+        except UnavailableError:
+            # A broker that is killed can leave a transaction on the offsets that its coordinator knows nothing of: they
+            # count as undecided for ever, until the owner's next commit. What is decided can be read all the same.
+            committed = self._all_committed()
+            return {p: committed[p] for p in partitions if p in committed}
         return {p: Position(o.offset, o.metadata or "") for p, o in found.items() if o is not None and o.offset >= 0}
+
+    def _stable(self, partition: Partition, deadline: float) -> Any:
+        left = max(1, round((deadline - time.monotonic()) * 1000))
+        return self._kafka.committed(TopicPartition(*partition), metadata=True, timeout_ms=left)
 
     def close(self) -> None:
         self._closing = True

@@ -66,9 +66,10 @@ class Predictor:
         simulated_time: bool,
         clock: Callable[[], int],
         metrics: PredictMetrics,
+        unserved: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.use_case, self.store, self.spool, self.slot = use_case, store, spool, slot
-        self.simulated_time, self.clock, self.metrics = simulated_time, clock, metrics
+        self.simulated_time, self.clock, self.metrics, self.unserved = simulated_time, clock, metrics, unserved
         self.vectorizer = Vectorizer(use_case)
         self._store_again_at = 0.0
 
@@ -120,6 +121,8 @@ class Predictor:
         if self._store_again_at:
             log.info("stored features are back")
             self._store_again_at = 0.0
+        if unserved := self.unserved():
+            return [{view: row for view, row in found.items() if view not in unserved} for found in rows]
         return rows
 
     def _finite(self, scores: list[float]) -> list[float]:
@@ -136,15 +139,24 @@ def create_app(
     settings: Settings,
     clock: Callable[[], int] = wall_ms,
     readiness: Callable[[], dict[str, Any]] | None = None,
+    unserved: Callable[[], frozenset[str]] = frozenset,
 ) -> FastAPI:
     """The predictor's HTTP application.
 
+    unserved : views whose rows read as missing
     readiness : what `/readyz` answers, with `ready`, `generation` and `champion`; default: ready with what is in `slot`
     """
     ready = readiness or (lambda: {"ready": True, "generation": None, "champion": slot.current.version, "refused": {}})
     metrics = PredictMetrics(lambda: spool.waiting_bytes, lambda: ready()["generation"])
     predictor = Predictor(
-        use_case, store, spool, slot, simulated_time=settings.allow_event_time, clock=clock, metrics=metrics
+        use_case,
+        store,
+        spool,
+        slot,
+        simulated_time=settings.allow_event_time,
+        clock=clock,
+        metrics=metrics,
+        unserved=unserved,
     )
     decoder = RequestDecoder(use_case, settings.allow_event_time, lambda: str(uuid.uuid4()))
     batcher = Batcher(predictor.answer)
@@ -269,7 +281,9 @@ def serve(settings: Settings, use_case_name: str, port: int = 0) -> None:
     try:
         if not state.wait_caught_up(STARTUP_S):
             log.warning("starting with the prior", reason=state.report().get("problem"))
-        app = create_app(use_case, store, spool, slot, settings, readiness=state.report)
+        app = create_app(
+            use_case, store, spool, slot, settings, readiness=state.report, unserved=lambda: state.unserved
+        )
         _run(app, listening)
     finally:
         state.stop()

@@ -18,12 +18,14 @@ from features.errors import PenstockError, UnavailableError
 from features.usecase import ModelInputs, UseCase
 from features.vectors import Vectorizer
 from pipelines.broker import Broker, Consumer, Record
+from pipelines.checkpoint import unserved_views
 from pipelines.onnx_model import OnnxModel
 
 log = structlog.get_logger()
 STATE_KEY = b"state"
 PRIOR = "prior"
 POLL_S = 0.5
+UNSERVED_S = 3.0
 
 
 class Model(Protocol):
@@ -104,6 +106,8 @@ class ServingState:
         self._use_case, self._broker, self._slot, self._fetch = (use_case, broker, slot, fetch)
         self._vectorizer = Vectorizer(use_case)
         self._pauses, self._pause, self._retry_at = pauses, pauses[0], 0.0
+        self.unserved: frozenset[str] = frozenset()
+        self._asked = 0.0
         self._newest: State | None = None
         self._stop = threading.Event()
         self._caught_up = threading.Event()
@@ -139,6 +143,7 @@ class ServingState:
         consumer = self._broker.consumer([self._use_case.topic("models")])
         try:
             while not self._stop.is_set():
+                self._ask_unserved()
                 timeout = POLL_S if self._is_applied() else min(POLL_S, max(0.02, self._retry_at - time.monotonic()))
                 records = consumer.poll(timeout)
                 for record in records:
@@ -147,6 +152,15 @@ class ServingState:
                     self._apply()
         finally:
             consumer.close()
+
+    def _ask_unserved(self) -> None:
+        """Now and then: which views wait for their backfill and read as missing until then."""
+        if time.monotonic() - self._asked < UNSERVED_S:
+            return
+        found = unserved_views(self._broker, self._use_case.topic("featurizer"))
+        if found != self.unserved:
+            log.info("views that wait for their backfill", views=sorted(found))
+        self.unserved, self._asked = found, time.monotonic()
 
     def _at_end(self, consumer: Consumer) -> bool:
         partitions = consumer.assignment()

@@ -265,7 +265,9 @@ def test_at_end_of_an_empty_partition_and_after_each_record(broker: Broker, topi
     follower = broker.consumer([topic])
     partition = (topic, 0)
     until(lambda: bool(follower.poll(0.1)) or follower.at_end(partition), "at_end of an empty partition")
+    follower.close()
     write(broker, *(Message(topic, b"%d" % i) for i in range(5)))
+    follower = broker.consumer([topic])  # a fetch that waits would see the first record alone
     found: list[Record] = []
     until(lambda: bool(found.extend(follower.poll(0.2, 2)) or found), "the first records")
     assert len(found) < 5 and not follower.at_end(partition)

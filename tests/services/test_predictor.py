@@ -116,6 +116,17 @@ def stored(service: Service, time: int = NOW - 5) -> None:
     )
 
 
+def test_a_view_that_waits_for_its_backfill_reads_as_missing(service: Service) -> None:
+    stored(service)
+    waiting = frozenset({"shop_item"})
+    app = create_app(
+        use_case, service.store, service.spool, service.slot, Settings(), clock=lambda: NOW, unserved=lambda: waiting
+    )
+    reply = Service(service.store, service.spool, service.slot, app).predict(ROW)
+    assert reply.json()["rows"][0]["missing"] == ["shop_item"]
+    app.state.close()
+
+
 def test_the_prior_answers_before_the_first_version(service: Service) -> None:
     stored(service)
     reply = service.predict({"rows": [ROW]})
