@@ -78,6 +78,13 @@ class Part(NamedTuple):
     source: Source
 
 
+class Batch(NamedTuple):
+    """Events in columns: what each view's kernel takes, and each timer rule."""
+
+    inputs: dict[str, Input]
+    operations: list[Operations]
+
+
 class _View(NamedTuple):
     name: str
     contract: Contract
@@ -142,6 +149,11 @@ class Engine:
         -------
         view name -> changed rows in time order; the events that could not be used
         """
+        batch, refused = self.columns(events)
+        return self.apply(batch, watermark), refused
+
+    def columns(self, events: Events) -> tuple[Batch, list[Refusal]]:
+        """What `apply` takes, made of decoded events; and those that could not be used."""
         if self.coder.full:
             self.coder.sweep(self._codes())
         refused = self._too_late(events)
@@ -151,17 +163,26 @@ class Engine:
             refused += [Refusal(int(positions[i]), "invalid", detail) for i, detail in bad.items()]
             kept, _ = self._without(events, refused)
             parts, prepared = self._prepare(kept)
-        derived = [self._run_timers(i, kept, parts, prepared, watermark) for i in range(len(self.timers))]
+        inputs = {
+            view.name: self._input(view, kept, parts[view.contract.name], prepared[view.contract.name, view.udf])
+            for view in self.views
+            if view.rule is None and view.contract.name in parts
+        }
+        return Batch(inputs, [self._operations(i, kept, parts, prepared) for i in range(len(self.rules))]), refused
+
+    def apply(self, batch: Batch, watermark: int) -> dict[str, ViewRows]:
+        """Apply a batch and move time up to the watermark: view name -> changed rows in time order."""
+        derived = [
+            timers.run(operations, watermark, self.coder.used)
+            for timers, operations in zip(self.timers, batch.operations, strict=True)
+        ]
         changed = {}
         for view in self.views:
-            if view.rule is not None:
-                batch = self._derived_input(view, derived[view.rule])
-            else:
-                batch = self._input(view, kept, parts, prepared)
-            rows = view.windows.advance(batch, watermark, self.coder.decode)
+            own = batch.inputs.get(view.name) if view.rule is None else self._derived_input(view, derived[view.rule])
+            rows = view.windows.advance(own, watermark, self.coder.decode)
             if rows is not None:
                 changed[view.name] = rows
-        return changed, refused
+        return changed
 
     def _too_late(self, events: Events) -> list[Refusal]:
         """Late events that lie outside every window that could count them."""
@@ -197,8 +218,8 @@ class Engine:
             if len(at):
                 values = events.values if len(at) == len(events) else [events.values[i] for i in at.tolist()]
                 parts[name] = Part(at, Source(contract, values))
-        wanted = {(v.contract.name, v.udf) for v in self.views if v.rule is None}
-        wanted |= {(name, at) for rule in self.rules for name, at in rule.at.items()}
+        wanted = dict.fromkeys((v.contract.name, v.udf) for v in self.views if v.rule is None)
+        wanted |= dict.fromkeys((name, at) for rule in self.rules for name, at in rule.at.items())
         prepared = {
             (name, udf): Prepared(parts[name].source, udf, self.coder, _decimals(self.contracts[name]))
             for name, udf in wanted
@@ -217,22 +238,11 @@ class Engine:
             bad |= {int(parts[name].positions[i]): why for i, why in made.refused.items()}
         return bad
 
-    def _input(
-        self,
-        view: _View,
-        events: Events,
-        parts: dict[str, Part],
-        prepared: dict[tuple[str, Udf | None], Prepared],
-    ) -> Input | None:
-        part = parts.get(view.contract.name)
-        if part is None:
-            return None
-        made, n = prepared[view.contract.name, view.udf], len(part.positions)
+    @staticmethod
+    def _input(view: _View, events: Events, part: Part, made: Prepared) -> Input:
         columns = [made.read(name, mode) for name, mode in view.windows.reads]
-        applied = events.applied[part.positions] + 1
-        return Input(
-            made.matrix(view.keys), applied, events.times[part.positions], np.ones(n, np.int64), np.array(columns)
-        )
+        come, ones = events.applied[part.positions] + 1, np.ones(len(part.positions), np.int64)
+        return Input(made.matrix(view.keys), come, events.times[part.positions], ones, np.array(columns))
 
     def _derived_input(self, view: _View, made: Derived) -> Input | None:
         if not len(made.times):
@@ -245,29 +255,21 @@ class Engine:
             np.ascontiguousarray(codes), made.applied + 1, made.times, made.sign, np.ascontiguousarray(columns)
         )
 
-    def _run_timers(
-        self,
-        i: int,
-        events: Events,
-        parts: dict[str, Part],
-        prepared: dict[tuple[str, Udf | None], Prepared],
-        mark: int,
-    ) -> Derived:
+    def _operations(
+        self, i: int, events: Events, parts: dict[str, Part], prepared: dict[tuple[str, Udf | None], Prepared]
+    ) -> Operations:
+        """What the events do to a rule's timers, in order."""
         rule, row = self.rules[i], self.row_of[i]
-        found: list[tuple[Ints, Operations]] = []
+        none = np.zeros(0, np.int64)
+        found = [(none, Operations(none, none, none, none, np.zeros((0, len(row)), np.int64)))]
         for name, field in rule.cancel.items():
-            if name in parts:
-                found.append((parts[name].positions, self._cancels(parts[name], field, len(row), events)))
+            if part := parts.get(name):
+                found.append((part.positions, self._cancels(part, field, len(row), events)))
         for name, at in rule.at.items():
-            if name in parts:
-                found.append((parts[name].positions, self._sets(parts[name], prepared[name, at], row, events)))
-        order = np.argsort(np.concatenate([p for p, _ in found]), kind="stable") if found else np.zeros(0, np.int64)
-        if found:
-            merged = Operations(*(np.concatenate([op[k] for _, op in found])[order] for k in range(5)))
-        else:
-            none = np.zeros(0, np.int64)
-            merged = Operations(none, none, none, none, np.zeros((0, len(row)), np.int64))
-        return self.timers[i].run(merged, mark, self.coder.used)
+            if part := parts.get(name):
+                found.append((part.positions, self._sets(part, prepared[name, at], row, events)))
+        order = np.argsort(np.concatenate([positions for positions, _ in found]), kind="stable")
+        return Operations(*(np.concatenate([op[k] for _, op in found])[order] for k in range(5)))
 
     def _cancels(self, part: Part, field: str, width: int, events: Events) -> Operations:
         keys = self.coder.encode(part.source[field].tolist())
