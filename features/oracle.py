@@ -62,13 +62,15 @@ def _inside(use_case: UseCase, rule: TimerRule, events: Sequence[Applied], at: i
     keys = [
         set_rows[i]["key"] if i in set_rows else getattr(e.value, rule.cancel[e.contract]) for i, e in enumerate(heard)
     ]
-    found = []
-    for i, row in set_rows.items():
-        stopped = next((heard[j].applied for j in range(i + 1, len(heard)) if keys[j] == keys[i]), at)
-        start = max(int(row["due"]), heard[i].applied)
-        end = min(max(int(row["until"]), start + 1), stopped)
-        if keys[i] is not None and start < min(stopped, at) and not end < at:
-            found.append((start, row))
+    found, stops = [], dict[Any, int]()
+    for i in reversed(range(len(heard))):
+        if (row := set_rows.get(i)) and keys[i] is not None:
+            stopped = stops.get(keys[i], at)
+            start = max(int(row["due"]), heard[i].applied)
+            end = min(max(int(row["until"]), start + 1), stopped)
+            if start < min(stopped, at) and not end < at:
+                found.append((start, row))
+        stops[keys[i]] = heard[i].applied
     return found
 
 
