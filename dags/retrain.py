@@ -4,6 +4,7 @@ version considered for serving. An event is a wake-up only: the command looks fo
 from __future__ import annotations
 
 import json
+import os
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -57,6 +58,7 @@ def retrain(name: str) -> DAG:
     return dag
 
 
+asked = os.environ.get("PENSTOCK_USE_CASES", "").split(",")  # those whose topics there are; without it, all
 for module in sorted(FEATURES.glob("*.py")):
-    if DECLARATION.search(module.read_text()):
+    if DECLARATION.search(module.read_text()) and (asked == [""] or module.stem in asked):
         globals()[f"{module.stem}_retrain"] = retrain(module.stem)

@@ -351,7 +351,7 @@ class ViewWindows:
         used = s._replace(
             slots=s.slots[: m[kernel.SLOTS]], entries=s.entries[: m[kernel.ENTRIES]], nodes=s.nodes[: m[kernel.NODES]]
         )
-        return {"watermark": self.watermark, "state": [a.tobytes() for a in used]}
+        return {"watermark": self.watermark, "state": [a.data for a in used]}
 
     def restore(self, data: Mapping[str, Any]) -> None:
         """Continue from a snapshot."""

@@ -15,6 +15,7 @@ from features.usecase import UseCase
 from features.windows import pack, unpack
 from pipelines.broker import Message
 from pipelines.step import Event, Outputs, Rejection
+from pipelines.tables import vector_type
 
 
 def predictions_contract(use_case: UseCase) -> Contract:
@@ -74,7 +75,7 @@ class Joiner:
 
     def __init__(self, use_case: UseCase, partition: int = 0) -> None:
         self.partition = partition
-        self.label = use_case.label
+        self.label, self.vector = use_case.label, vector_type(use_case)
         self.wait = _ms(use_case.label.wait)
         self.every = _ms(use_case.retrain_every)
         self.examples_topic, self.cuts_topic = use_case.topic("examples"), use_case.topic("cuts")
@@ -117,6 +118,11 @@ class Joiner:
 
     def _predicted(self, event: Event, out: Outputs) -> None:
         value = event.value
+        try:
+            msgspec.convert({**value.entities, **value.fields, **value.features}, self.vector)
+        except msgspec.ValidationError as error:
+            out.rejected.append(Rejection(event, "invalid", str(error)))
+            return
         kept = encode(Kept(*(getattr(value, name) for name in Kept.__struct_fields__)))
         if value.request_id in self.labels:
             truth, _ = self.labels.pop(value.request_id)

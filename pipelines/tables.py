@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
+from features.contracts import INTEGER
 from features.usecase import UseCase
 from features.vectors import join_keys
 from pipelines.step import Rows
@@ -16,6 +18,7 @@ from pipelines.step import Rows
 MS = pa.timestamp("ms", tz="UTC")
 TYPES = {"String": pa.string(), "Int64": pa.int64(), "Float64": pa.float64(), "Bool": pa.bool_()}
 FIELDS = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), "time": pa.int64()}
+PLAIN: dict[pa.DataType, Any] = {pa.string(): str, pa.int64(): INTEGER, pa.float64(): float, pa.bool_(): bool}
 EXAMPLE = {
     "request_id": pa.string(),
     "event_time": pa.int64(),
@@ -51,14 +54,24 @@ def examples_schema(use_case: UseCase) -> pa.Schema:
     return pa.schema(list(fields.items()))
 
 
+def vector_type(use_case: UseCase) -> type[msgspec.Struct]:
+    """What a served vector must look like to become a row of the examples: entity keys, fields and features."""
+
+    def plain(kind: pa.DataType) -> Any:
+        return list[plain(kind.value_type)] if pa.types.is_list(kind) else PLAIN[kind]  # type: ignore[misc]
+
+    schema = examples_schema(use_case)
+    return msgspec.defstruct("Vector", [(f.name, plain(f.type) | None, None) for f in schema if f.name not in EXAMPLE])
+
+
 def arrow_table(use_case: UseCase, table: str, rows: Sequence[Any]) -> pa.Table:
-    """The rows of a view (`Rows` blocks) sorted by time, or of the examples (dicts), as one table."""
+    """The rows of a view (`Rows` blocks) sorted by time, or of the examples (dicts), after those that are a table."""
+    made = [part for part in rows if isinstance(part, pa.Table)]
+    new = [part for part in rows if not isinstance(part, pa.Table)]
     if table == "examples":
-        return pa.Table.from_pylist(list(rows), schema=examples_schema(use_case))
+        return pa.concat_tables([*made, pa.Table.from_pylist(new, schema=examples_schema(use_case))])
     schema = view_schema(use_case, table)
-    return pa.concat_tables([b if isinstance(b, pa.Table) else _block(schema, b) for b in rows]).sort_by(
-        "event_timestamp"
-    )
+    return pa.concat_tables([*made, *(_block(schema, block) for block in new)]).sort_by("event_timestamp")
 
 
 def _block(schema: pa.Schema, rows: Rows) -> pa.Table:

@@ -72,7 +72,8 @@ class Task:
         return [(table, arrow_table(self.use_case, table, self.tables.pop(table))) for table in sorted(full)]
 
     def snapshot(self) -> bytes:
-        waiting = {table: to_bytes(arrow_table(self.use_case, table, rows)) for table, rows in self.tables.items()}
+        self.tables = {t: [arrow_table(self.use_case, t, rows)] for t, rows in self.tables.items()}  # each row once
+        waiting = {table: to_bytes(rows) for table, (rows,) in self.tables.items()}
         return pack({"step": self.step.snapshot(), "intake": self.intake.snapshot(), "tables": waiting})
 
     def restore(self, state: bytes, deltas: Sequence[Any]) -> None:
@@ -80,9 +81,7 @@ class Task:
         data = unpack(state)
         self.step.restore(data["step"])
         self.intake.restore(data["intake"])
-        for table, raw in data["tables"].items():
-            rows = from_bytes(raw)
-            self.tables[table] = rows.to_pylist() if table == "examples" else [rows]
+        self.tables = {table: [from_bytes(raw)] for table, raw in data["tables"].items()}
         for calls, _ in deltas:
             for records, idle, quiet_ms in calls:
                 self.advance([unpack_record(r) for r in records], [(t, p) for t, p in idle], quiet_ms)

@@ -117,7 +117,6 @@ def child_env(settings: Settings) -> dict[str, str]:
         "PENSTOCK_PORT_BASE": str(settings.port_base),
         "PENSTOCK_CONFIG": str(config),
         "MPLCONFIGDIR": str(home / "cache/matplotlib"),
-        "NUMBA_CACHE_DIR": str(home / "cache/numba"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "FEAST_USAGE": "False",
         "DO_NOT_TRACK": "1",

@@ -33,7 +33,7 @@ def services(settings: Settings, use_cases: list[str]) -> list[Service]:
     """Every service of the stack, those it needs first."""
     return [
         *(make(settings) for make in (kafka, postgres, redis, mlflow)),
-        *airflow_services(settings),
+        *airflow_services(settings, use_cases),
         feast_apply(settings),
         *(s for name in use_cases for s in own_services(settings, name)),
     ]
@@ -266,9 +266,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def airflow_services(settings: Settings) -> list[Service]:
-    """The database's migration, the API server, scheduler, DAG processor and triggerer."""
-    env = {**airflow.child_env(settings), **airflow.airflow_env(settings)}
+def airflow_services(settings: Settings, use_cases: list[str]) -> list[Service]:
+    """The database's migration, the API server, scheduler, DAG processor and triggerer; DAGs of these use cases."""
+    env = {**airflow.child_env(settings), **airflow.airflow_env(settings), "PENSTOCK_USE_CASES": ",".join(use_cases)}
 
     def part(name: str, *command: str, needs: tuple[str, ...], health: str) -> Service:
         return Service(

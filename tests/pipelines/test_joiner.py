@@ -64,6 +64,15 @@ def test_either_side_may_come_first() -> None:
     assert (sent["request_id"], sent["label"], sent["features"]) == ("q", label, {"all_count": 3})
 
 
+@pytest.mark.parametrize("wrong", [{"all_count": "three"}, {"si_last_3": [1.0, "x"]}, {"all_mean": True}])
+def test_a_vector_that_can_be_no_example_is_refused(wrong: dict[str, Any]) -> None:
+    event = predicted("p", START)
+    event.value.features = wrong
+    out = Joiner(use_case).process([event, labelled("p", START + 5)], START + 10)
+    assert [r.reason for r in out.rejected] == ["invalid"]
+    assert not examples(out)
+
+
 def test_a_label_after_the_wait_is_refused() -> None:
     joiner = Joiner(replace(use_case, label=replace(use_case.label, on_expiry=None)))
     joiner.process([predicted("p", START)], START + 1)
