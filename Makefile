@@ -10,10 +10,11 @@ export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 setup: ## the environment, Kafka's jars and Horovod
 	@python3 -m services.setup.install
 
-lock: setup ## requirements.lock from requirements.in
+IN := requirements.in
+lock: setup ## requirements.lock from requirements.in; a peer's: make lock IN=benchmarks/quixstreams.in
 	@python3 -c 'from services.setup import install; import subprocess, sys; sys.exit(subprocess.call([*install._uv(), *sys.argv[1:]]))' \
 		pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url \
-		requirements.in -o requirements.lock
+		$(IN) -o $(basename $(IN)).lock
 
 demo: setup ## set-up, then the whole loop on real flights, ending with a report
 	@$(PENSTOCK) demo $(ARGS)
