@@ -299,15 +299,16 @@ class Runner:
         owned.online = []
 
     def _balance(self, owned: Owned, now: float) -> None:
-        """Pause the inputs that run ahead while too many events wait for another one."""
+        """Pause the inputs that run ahead while too many events wait for another one; never one that is waited for."""
+        ahead = set(owned.ahead())
         if owned.waiting >= MOST_WAITING:
-            ahead = set(owned.ahead()) - owned.paused
-            self.consumer.pause(sorted(ahead))
+            self.consumer.pause(sorted(ahead - owned.paused))
             owned.paused |= ahead
-        elif owned.paused and owned.waiting <= MOST_WAITING // 2:
-            self.consumer.resume(sorted(tp for tp in owned.paused if not self._is_read(tp)))
-            self.last_read |= dict.fromkeys(owned.paused, now)  # what has come since has not been fetched
-            owned.paused.clear()
+        free = owned.paused if owned.waiting <= MOST_WAITING // 2 else owned.paused - ahead
+        if free:
+            self.consumer.resume(sorted(tp for tp in free if not self._is_read(tp)))
+            self.last_read |= dict.fromkeys(free, now)  # what has come since has not been fetched
+            owned.paused = owned.paused - free
 
     def _is_read(self, tp: TopicPartition) -> bool:
         return self.ends is not None and self.consumer.position(tp) >= self.ends[tp]

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import StateError
+from features.flights import use_case as flights
 from pipelines.broker import Message, clock_message, clock_of
 from pipelines.checkpoint import (
     Checkpoints,
@@ -29,6 +30,8 @@ from pipelines.featurizer import Featurizer
 from pipelines.joiner import Joiner
 from pipelines.memory_store import MemoryStore
 from pipelines.runner import CommitPolicy, Owned, Runner
+from services import timetable
+from services.topics import create_topics
 from tests.memory_broker import MemoryBroker
 from tests.toy import use_case as toy
 
@@ -273,6 +276,25 @@ def test_an_input_that_runs_ahead_is_paused_and_memory_stays_bounded(
     assert (
         store.read([{"shop": "s", "item": 1}])[0]["all_orders"][0]["all_count"] == 75
     )  # an hour and the tile it begins in
+
+
+def test_inputs_that_were_ahead_are_read_again_when_they_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four topics, one after the other: as time goes on, each in turn is the one that the others wait for."""
+    monkeypatch.setattr("pipelines.runner.MOST_WAITING", 200)
+    monkeypatch.setattr("pipelines.runner.POLL_RECORDS", 100)
+    day = timetable.OPENING // 86_400_000 * 86_400_000
+    events = sorted(timetable.events(day, day + 3 * 86_400_000), key=lambda event: event.event)
+    create_topics(broker := MemoryBroker(), flights)
+    messages = [Message(f"flights.{e.event}", e.value, e.key, timestamp=e.time) for e in events]
+    end = max(e.time for e in events) + 1
+    send(broker, *messages, *(clock_message(topic, 0, end) for topic in flights.event_topics))
+    once(Runner(broker, flights, lambda _: Featurizer(flights), str(tmp_path), store=Store(flights)))
+    assert watermark_of(broker, "flights.featurizer") == end
+    assert {tp[0]: p.offset for tp, p in broker.committed("flights.featurizer").items()} == {
+        topic: len(broker.logs[topic, 0]) for topic in flights.event_topics
+    }
 
 
 def test_a_bounded_run_ends_when_only_inputs_are_left_that_run_ahead(
