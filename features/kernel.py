@@ -24,9 +24,9 @@ NEVER = 2**63 - 1
 COUNT, SUM, MEAN, STD, LAST, LAST_N, MIN, MAX = range(8)  # count_distinct reads a counter, like COUNT
 VALID, VALUE, SQUARE_HIGH, SQUARE_LOW, DISTINCT = range(5)  # what a term adds up
 INTEGER, FLOAT, TEXT = range(3)  # what a column holds, and what a feature is
-LIVE, MARK, ROW, KEYS = range(4)  # a slot: entries alive, last instant touched, last row, then its key codes
+LIVE, MARK, ROW, CALL, KEYS = range(5)  # a slot: entries alive, last instant touched, last row and its call, key codes
 SLOT, NEXT, VALUES = range(3)  # an entry
-STAMP, FREE_SLOT, SLOTS, FREE_ENTRY, ENTRIES, FREE_NODE, NODES, TABLED, KNOWN, GROUPS = range(10)  # meta
+STAMP, CALLS, FREE_SLOT, SLOTS, FREE_ENTRY, ENTRIES, FREE_NODE, NODES, TABLED, KNOWN, GROUPS = range(11)  # meta
 HALF = 20  # bits: a square is kept in two words, so that it is exact
 LOW = (1 << HALF) - 1
 OPTIONS: Any = {"cache": True, "error_model": "numpy", "_nrt": False}
@@ -94,10 +94,12 @@ class Input(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Rows in time order: slot, time, whether it is its key's newest, features [R, F] as integers and the same memory
-    as floats, lists [R, depths]; and room to note the slots of one instant and the terms of one event."""
+    """Rows in time order: slot, key codes [R, K], time, whether it is its key's newest, features [F, R] as integers and
+    the same memory as floats, lists [R, depths]; and room to note the slots of one instant and the terms of one event.
+    """
 
     slots: Ints
+    codes: Ints
     times: Ints
     newest: NDArray[np.bool_]
     integers: Ints
@@ -112,6 +114,7 @@ def advance(plan: Plan, state: State, events: Input, watermark: int, out: Output
     """Apply the events and move every tail up to `watermark`; returns how many rows were written."""
     meta, n, groups = state.meta, len(events.come), len(plan.groups)
     i = rows = 0
+    meta[CALLS] += 1
     while True:
         t = NEVER
         for g in range(groups):
@@ -131,14 +134,14 @@ def advance(plan: Plan, state: State, events: Input, watermark: int, out: Output
         for j in range(touched):
             slot = out.touched[j]
             _emit(plan, state.slots[slot], t, rows, out, state.nodes)
-            out.slots[rows] = slot
-            state.slots[slot, ROW] = rows
+            if state.slots[slot, CALL] == meta[CALLS]:
+                out.newest[state.slots[slot, ROW]] = False
+            out.slots[rows], out.newest[rows] = slot, True
+            state.slots[slot, ROW], state.slots[slot, CALL] = rows, meta[CALLS]
             rows += 1
     for row in range(rows):
-        slot = out.slots[row]
-        out.newest[row] = state.slots[slot, ROW] == row
-        if out.newest[row] and state.slots[slot, LIVE] == 0:
-            _free_slot(plan, state, slot)
+        if out.newest[row] and state.slots[out.slots[row], LIVE] == 0:
+            _free_slot(plan, state, out.slots[row])
     return rows
 
 
@@ -455,6 +458,8 @@ def _forget_values(plan: Plan, state: State, g: int, tile: int, place: int) -> N
 def _emit(plan: Plan, slot: Ints, t: int, row: int, out: Output, nodes: Ints) -> None:
     """Write one row of features."""
     out.times[row] = t
+    for k in range(plan.keys):
+        out.codes[row, k] = slot[KEYS + k]
     terms, extremes = len(plan.terms), len(plan.extremes)
     filled = 0
     for f in range(len(plan.features)):
@@ -462,17 +467,17 @@ def _emit(plan: Plan, slot: Ints, t: int, row: int, out: Output, nodes: Ints) ->
         held, wanted = plan.features[f, 3], plan.features[f, 4]
         at = plan.totals_at + g * terms + which
         if function == COUNT:
-            out.integers[row, f] = slot[at]
+            out.integers[f, row] = slot[at]
         elif function == SUM:
             if wanted == INTEGER:
-                out.integers[row, f] = slot[at] // np.int64(plan.scales[f])
+                out.integers[f, row] = slot[at] // np.int64(plan.scales[f])
             else:
-                out.floats[row, f] = slot[at] / plan.scales[f]
+                out.floats[f, row] = slot[at] / plan.scales[f]
         elif function == MEAN:
             n = slot[at]
-            out.floats[row, f] = slot[at + 1] / (n * plan.scales[f]) if n else np.nan
+            out.floats[f, row] = slot[at + 1] / (n * plan.scales[f]) if n else np.nan
         elif function == STD:
-            out.floats[row, f] = _std(slot[at], slot[at + 1], slot[at + 2], slot[at + 3], plan.scales[f])
+            out.floats[f, row] = _std(slot[at], slot[at + 1], slot[at + 2], slot[at + 3], plan.scales[f])
         elif function <= LAST_N:
             depth, place = plan.listed[which, 1], plan.listed[which, 2]
             since = _tile(t - plan.groups[g, 0], plan.groups[g, 1]) * plan.groups[g, 1]
@@ -487,7 +492,7 @@ def _emit(plan: Plan, slot: Ints, t: int, row: int, out: Output, nodes: Ints) ->
                 start += 1
             for j in range(start, n):
                 out.lists[row, filled + j - start] = slot[place + 1 + depth + j]
-            out.integers[row, f] = n - start
+            out.integers[f, row] = n - start
             filled += longest
         else:
             front = slot[plan.queues_at + 2 * (g * extremes + which)]
@@ -507,15 +512,15 @@ def _std(n: int, total: int, high: int, low: int, scale: float) -> float:
 def _value(value: int, held: int, wanted: int, row: int, f: int, out: Output) -> None:
     """A single value as the feature's type; floats are held as integers of the same order."""
     if held == FLOAT and value != NULL:
-        out.integers[row, f] = value ^ ((value >> 63) & 0x7FFFFFFFFFFFFFFF)
+        out.integers[f, row] = value ^ ((value >> 63) & 0x7FFFFFFFFFFFFFFF)
         if wanted == INTEGER:
-            out.integers[row, f] = np.int64(out.floats[row, f])
+            out.integers[f, row] = np.int64(out.floats[f, row])
     elif held == INTEGER and wanted == FLOAT:
-        out.floats[row, f] = np.nan if value == NULL else value
+        out.floats[f, row] = np.nan if value == NULL else value
     elif wanted == FLOAT:
-        out.floats[row, f] = np.nan
+        out.floats[f, row] = np.nan
     else:
-        out.integers[row, f] = value
+        out.integers[f, row] = value
 
 
 @compiled

@@ -138,7 +138,7 @@ class ViewWindows:
         self.watermark = 0
         self.state = self._empty()
         none, rows = np.empty(0, np.int64), np.empty((0, 0), np.int64)
-        self._out = kernel.Output(none, none, none.astype(bool), rows, rows.view(np.float64), rows, none, none)
+        self._out = kernel.Output(none, rows, none, none.astype(bool), rows, rows.view(np.float64), rows, none, none)
 
     def _mode(self, a: Aggregate) -> str:
         if a.function not in TERMS:
@@ -268,7 +268,8 @@ class ViewWindows:
         """The output, kept from call to call: fresh memory would cost more than what is written to it."""
         if rows > len(self._out.times):
             rows = max(rows, 2 * len(self._out.times))
-            integers = np.empty((rows, len(self.aggregates)), np.int64)
+            integers = np.empty((len(self.aggregates), rows), np.int64)
+            codes = np.empty((rows, self.plan.keys), np.int64)
             lists = np.empty((rows, sum(self.longest)), np.int64)
             times, newest, terms = (
                 np.empty(rows, np.int64),
@@ -276,14 +277,14 @@ class ViewWindows:
                 np.empty(len(self.plan.terms), np.int64),
             )
             floats = integers.view(np.float64)
-            self._out = kernel.Output(times.copy(), times, newest, integers, floats, lists, times.copy(), terms)
+            self._out = kernel.Output(times.copy(), codes, times, newest, integers, floats, lists, times.copy(), terms)
         if len(self.state.slots) > len(self._out.touched):
             self._out = self._out._replace(touched=np.empty(len(self.state.slots), np.int64))
         return self._out
 
     def _rows(self, out: kernel.Output, n: int, decode: Callable[[Ints], NDArray[Any]]) -> ViewRows:
         columns: dict[str, NDArray[Any]] = {}
-        block = np.ascontiguousarray(out.integers[:n].T)
+        block = out.integers[:, :n].copy()
         floats, at = block.view(np.float64), 0
         for f, a in enumerate(self.aggregates):
             if a.function == "last_n":
@@ -295,8 +296,7 @@ class ViewWindows:
                 columns[a.name] = floats[f]
             else:
                 columns[a.name] = block[f] if a.function in TERMS else _nullable(block[f])
-        codes = self.state.slots[out.slots[:n], kernel.KEYS : kernel.KEYS + self.plan.keys]
-        return ViewRows(codes, out.times[:n].copy(), out.newest[:n].copy(), columns, decode)
+        return ViewRows(out.codes[:n].copy(), out.times[:n].copy(), out.newest[:n].copy(), columns, decode)
 
     def _lists(self, a: Aggregate, values: Ints, lengths: Ints, decode: Callable[[Ints], NDArray[Any]]) -> NDArray[Any]:
         if a.kind == TEXT:

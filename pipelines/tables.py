@@ -61,8 +61,11 @@ def vector_type(use_case: UseCase) -> type[msgspec.Struct]:
     def plain(kind: pa.DataType) -> Any:
         return list[plain(kind.value_type)] if pa.types.is_list(kind) else PLAIN[kind]  # type: ignore[misc]
 
-    schema = examples_schema(use_case)
-    return msgspec.defstruct("Vector", [(f.name, plain(f.type) | None, None) for f in schema if f.name not in EXAMPLE])
+    others = EXAMPLE.keys() | use_case.label.targets.keys()
+    columns = [f for f in examples_schema(use_case) if f.name not in others]
+    names = {f"c{i}": f.name for i, f in enumerate(columns)}  # a feature's name need not be one of Python's
+    fields = [(name, plain(f.type) | None, None) for name, f in zip(names, columns, strict=True)]
+    return msgspec.defstruct("Vector", fields, rename=names)
 
 
 def arrow_table(use_case: UseCase, table: str, rows: Sequence[Any]) -> pa.Table:

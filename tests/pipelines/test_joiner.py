@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
+from features.usecase import load
+from features.vectors import Vectorizer
 from pipelines.joiner import Joiner, predictions_contract
 from pipelines.step import Event, Outputs
 from pipelines.tables import arrow_table
@@ -62,6 +65,13 @@ def test_either_side_may_come_first() -> None:
     assert examples(out) == [("q", label, START + 10)]
     sent = json.loads(out.messages[0].value or b"")
     assert (sent["request_id"], sent["label"], sent["features"]) == ("q", label, {"all_count": 3})
+
+
+@pytest.mark.parametrize("name", ["flights", "clicks"])
+def test_there_is_a_joiner_for_every_use_case(name: str) -> None:
+    case = load(name)
+    value = dict.fromkeys(Vectorizer(case).types)
+    assert msgspec.convert(value, Joiner(case).vector)
 
 
 @pytest.mark.parametrize("wrong", [{"all_count": "three"}, {"si_last_3": [1.0, "x"]}, {"all_mean": True}])
