@@ -258,7 +258,8 @@ def _entry(plan: Plan, state: State, slot: int, g: int, tile: int, place: int) -
     if state.slots[slot, opened] == tile:
         return state.slots[slot, opened + 1]
     e = _take(state.entries, state.meta, FREE_ENTRY, ENTRIES, NEXT)
-    state.entries[e, VALUES:] = 0
+    for j in range(len(plan.terms)):
+        state.entries[e, VALUES + j] = 0
     state.entries[e, SLOT] = slot
     state.entries[e, NEXT] = state.ring[place]
     state.ring[place] = e
