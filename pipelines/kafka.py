@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import structlog
+
 from features.errors import ConfigError, FencedError, InputError, PenstockError, UnavailableError
 from pipelines.broker import Consumer, Message, Position, Producer, Record
 from pipelines.broker import TopicPartition as Partition
@@ -40,6 +42,7 @@ FENCED = (
     kafka_errors.UnknownMemberIdError,
     kafka_errors.FencedInstanceIdError,
 )
+log = structlog.get_logger()
 RebalanceCallback = Callable[[set[Partition]], None]
 
 
@@ -355,6 +358,11 @@ class _Consumer:
         except UnavailableError:
             # A broker that is killed can leave a transaction on the offsets that its coordinator knows nothing of: they
             # count as undecided for ever, until the owner's next commit. What is decided can be read all the same.
+            # If its records were committed, the owner writes them once more: said here, as nothing else shows it.
+            log.warning(
+                "a killed broker left offsets undecided: a transaction's records may come twice",
+                topics=sorted({t for t, _ in partitions}),
+            )
             committed = self._all_committed()
             return {p: committed[p] for p in partitions if p in committed}
         return {p: Position(o.offset, o.metadata or "") for p, o in found.items() if o is not None and o.offset >= 0}
