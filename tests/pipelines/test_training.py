@@ -156,8 +156,10 @@ def test_an_ended_training_leaves_no_rank(tmp_path: Path, how: signal.Signals) -
     job.save(tmp_path / "job.json")
     folder, result = repr(tmp_path), Path(job.result) / "result.json"
     code = f"""
+import signal
 from pathlib import Path, PosixPath
 from services.ranks import run_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 folder = {folder}
 run_ranks("pipelines.training", folder / "job.json", 2, folder, folder / {str(result)!r})
 """
