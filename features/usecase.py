@@ -56,22 +56,40 @@ class Category:
 
 
 @dataclass(frozen=True)
+class EventSequence:
+    """A model input that is a row's last events, none to many: `columns` are features that are lists of numbers, oldest
+    first, and equally long."""
+
+    name: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelInputs:
     """Which features of the vector a model reads, and how."""
 
     numbers: tuple[str, ...]
     categories: tuple[Category, ...] = ()
+    sequences: tuple[EventSequence, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The declaration as a version carries it."""
         return {
             "numbers": list(self.numbers),
             "categories": [{"name": c.name, "buckets": c.buckets, "dim": c.dim} for c in self.categories],
+            "sequences": [{"name": s.name, "columns": list(s.columns)} for s in self.sequences],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInputs:
-        return cls(tuple(data["numbers"]), tuple(Category(**c) for c in data["categories"]))
+        sequences = (EventSequence(s["name"], tuple(s["columns"])) for s in data.get("sequences", ()))
+        return cls(tuple(data["numbers"]), tuple(Category(**c) for c in data["categories"]), tuple(sequences))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every feature that is read, each once."""
+        lists = (column for s in self.sequences for column in s.columns)
+        return tuple(dict.fromkeys((*self.numbers, *(c.name for c in self.categories), *lists)))
 
 
 @dataclass(frozen=True)

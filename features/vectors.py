@@ -7,15 +7,10 @@ and the outputs of the on-demand views. A view without a row, or with one past i
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from features.errors import ConfigError
 from features.usecase import ModelInputs, Row, UseCase
@@ -24,6 +19,7 @@ if TYPE_CHECKING:
     from feast import StreamFeatureView
 
 DUMMY = "__dummy"  # what Feast calls the entity of a view that has none
+NUMBER_LISTS = ("DOUBLE_LIST", "INT64_LIST")
 ZERO_WHEN_EMPTY = ("count", "sum", "count_distinct")
 StoredRow = tuple[Row | None, int | None]
 
@@ -135,14 +131,19 @@ class Vectorizer:
 
     def check(self, inputs: ModelInputs) -> None:
         """Raise ConfigError when a model reads what the vector does not have, or a list as a number."""
-        names = (*inputs.numbers, *(c.name for c in inputs.categories))
-        if unknown := sorted(set(names) - set(self.types)):
+        singles = (*inputs.numbers, *(c.name for c in inputs.categories))
+        if unknown := sorted(set(inputs.columns) - set(self.types)):
             raise ConfigError(
                 f"{self.use_case.name}: model inputs {', '.join(unknown)} are not in the vector: they must be features "
                 "of a view, outputs of an on-demand view, request fields or entity keys"
             )
-        if lists := [n for n in names if self.types[n].endswith("_LIST")]:
+        if lists := [n for n in singles if self.types[n].endswith("_LIST")]:
             raise ConfigError(f"{self.use_case.name}: model inputs {', '.join(lists)} are lists, not single values")
+        events = (column for s in inputs.sequences for column in s.columns)
+        if wrong := [n for n in events if self.types[n] not in NUMBER_LISTS]:
+            raise ConfigError(
+                f"{self.use_case.name}: events of a sequence, {', '.join(wrong)}, are no lists of numbers"
+            )
 
 
 def _ms(ttl: timedelta | None) -> int:
@@ -163,27 +164,3 @@ def _vector_types(use_case: UseCase, fields: Sequence[str]) -> dict[str, str]:
 def schema_id(use_case: UseCase) -> str:
     """Short hash of the names and types of a use case's vector."""
     return Vectorizer(use_case).schema_id
-
-
-def encode(
-    inputs: ModelInputs, vectors: Sequence[Mapping[str, Any]]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Vectors as a model's arrays.
-
-    Returns
-    -------
-    numbers : [n, F], NaN for null, booleans 0 and 1
-    ids : [n, C], crc32 of `name=value` modulo the category's buckets; null is hashed like any value
-    """
-    numbers = np.array([[v.get(name) for name in inputs.numbers] for v in vectors], dtype=np.float64)
-    ids = [[_bucket(c.name, v.get(c.name), c.buckets) for c in inputs.categories] for v in vectors]
-    with np.errstate(over="ignore"):
-        return (
-            numbers.reshape(len(vectors), len(inputs.numbers)).astype(np.float32),
-            np.array(ids, dtype=np.int64).reshape(len(vectors), len(inputs.categories)),
-        )
-
-
-@lru_cache(maxsize=262_144, typed=True)  # typed: 1, 1.0 and True are equal, but written differently
-def _bucket(name: str, value: Any, buckets: int) -> int:
-    return zlib.crc32(f"{name}={value}".encode()) % buckets

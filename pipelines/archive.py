@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import ConfigError, StateError
-from features.usecase import Category, ModelInputs
+from features.inputs import Inputs, Ragged, bucket, encode
+from features.usecase import Category, EventSequence, ModelInputs
 
 OWN_COLUMNS = ("request_id", "event_time", "label", "label_time", "score", "version")
 Times = npt.NDArray[np.int64]
@@ -26,8 +26,7 @@ Floats = npt.NDArray[np.float32]
 class Examples:
     """Labelled examples in columns, ordered by (label_time, request_id); n rows each.
 
-    numbers : [n, F], NaN for null
-    ids : [n, C], rows of the categories' tables
+    inputs : what the model reads
     label : 0 .. 1
     targets : [n, T], 0 .. 1, NaN for null
     event_time, label_time : epoch ms
@@ -35,8 +34,7 @@ class Examples:
     score : what was answered, by `version`
     """
 
-    numbers: Floats
-    ids: npt.NDArray[np.int64]
+    inputs: Inputs
     label: Floats
     targets: Floats
     event_time: Times
@@ -50,12 +48,23 @@ class Examples:
 
     def take(self, rows: npt.NDArray[Any] | slice) -> Examples:
         """These rows, by index, mask or slice."""
-        return Examples(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return Examples(self.inputs.take(rows), *(getattr(self, name)[rows] for name in COLUMNS))
+
+    @classmethod
+    def join(cls, parts: Sequence[Examples]) -> Examples:
+        """All examples of at least one part, in order."""
+        whole = cls(
+            Inputs.join([p.inputs for p in parts]), *(np.concatenate([getattr(p, n) for p in parts]) for n in COLUMNS)
+        )
+        return whole.take(np.lexsort((whole.request_id, whole.label_time)))
 
     def between(self, from_ms: int, until_ms: int) -> Examples:
         """Those with from_ms <= label_time < until_ms."""
         first, last = np.searchsorted(self.label_time, [from_ms, until_ms])
         return self.take(slice(int(first), int(last)))
+
+
+COLUMNS = tuple(f.name for f in fields(Examples) if f.name != "inputs")
 
 
 def load(
@@ -66,7 +75,7 @@ def load(
     Parameters
     ----------
     files : paths or URLs (fsspec) of Parquet files
-    inputs : which columns become numbers and ids
+    inputs : which columns are read, and as what
     targets : names of the label's other targets; one that a file is too old to have is null in its rows
 
     Raises
@@ -75,20 +84,16 @@ def load(
     ConfigError : an input is no column of the archive
     """
     parts = [part for file in files if len(part := _load_file(file, inputs, targets, from_ms, until_ms))]
-    if not parts:
-        return _none(inputs, len(targets))
-    whole = Examples(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Examples)))
-    return whole.take(np.lexsort((whole.request_id, whole.label_time)))
+    return Examples.join(parts) if parts else _none(inputs, len(targets))
 
 
 def _none(inputs: ModelInputs, targets: int) -> Examples:
-    numbers, ids = np.empty((0, len(inputs.numbers)), np.float32), np.empty((0, len(inputs.categories)), np.int64)
     times, floats, texts = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, object)
-    return Examples(numbers, ids, floats, np.empty((0, targets), np.float32), times, times, texts, floats, texts)
+    return Examples(encode(inputs, []), floats, np.empty((0, targets), np.float32), times, times, texts, floats, texts)
 
 
 def _load_file(file: str, inputs: ModelInputs, targets: Sequence[str], from_ms: int, until_ms: int) -> Examples:
-    wanted = list(dict.fromkeys((*OWN_COLUMNS, *inputs.numbers, *(c.name for c in inputs.categories))))
+    wanted = list(dict.fromkeys((*OWN_COLUMNS, *inputs.columns)))
     try:
         with fsspec.open(file, "rb") as stream:
             parquet = pq.ParquetFile(stream)
@@ -102,13 +107,11 @@ def _load_file(file: str, inputs: ModelInputs, targets: Sequence[str], from_ms: 
 
 
 def _columns(table: pa.Table, inputs: ModelInputs, targets: Sequence[str]) -> Examples:
-    n = table.num_rows
-    ids = np.empty((n, len(inputs.categories)), np.int64)
+    ids = np.empty((table.num_rows, len(inputs.categories)), np.int64)
     for i, category in enumerate(inputs.categories):
         ids[:, i] = _bucketed(table[category.name], category)
     return Examples(
-        _numbers(table, inputs.numbers),
-        ids,
+        Inputs(_numbers(table, inputs.numbers), ids, tuple(_ragged(table, s) for s in inputs.sequences)),
         _number(table["label"]),
         _numbers(table, targets),
         table["event_time"].to_numpy(),
@@ -128,7 +131,7 @@ def _numbers(table: pa.Table, names: Sequence[str]) -> Floats:
 
 
 def _number(column: pa.ChunkedArray) -> Floats:
-    """As `features.vectors.encode` has it: null is NaN, booleans are 0 and 1."""
+    """As `features.inputs.encode` has it: null is NaN, booleans are 0 and 1."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
     with np.errstate(over="ignore"):
@@ -136,7 +139,26 @@ def _number(column: pa.ChunkedArray) -> Floats:
 
 
 def _bucketed(column: pa.ChunkedArray, category: Category) -> npt.NDArray[np.int64]:
-    """As `features.vectors.encode` hashes, but each distinct value once."""
+    """As `features.inputs.encode` hashes, but each distinct value once."""
     coded = column.combine_chunks().dictionary_encode(null_encoding="encode")
-    hashes = [zlib.crc32(f"{category.name}={v}".encode()) % category.buckets for v in coded.dictionary.to_pylist()]
+    hashes = [bucket(category.name, v, category.buckets) for v in coded.dictionary.to_pylist()]
     return np.asarray(np.take(hashes, coded.indices.to_numpy()), np.int64)
+
+
+def _ragged(table: pa.Table, declared: EventSequence) -> Ragged:
+    """As `features.inputs.encode` has it, whole columns at a time."""
+    columns = [table[name].combine_chunks() for name in declared.columns]
+    counts = [pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False) for column in columns]
+    lengths = np.asarray(np.min(counts, 0), np.int64)
+    values = np.empty((int(lengths.sum()), len(columns)), np.float32)
+    for i, (column, count) in enumerate(zip(columns, counts, strict=True)):
+        every = Ragged(_number(pa.chunked_array([column.flatten()]))[:, None], np.asarray(count, np.int64))
+        values[:, i] = every.values[_newest(every, lengths), 0]
+    return Ragged(values, lengths)
+
+
+def _newest(every: Ragged, wanted: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Mask [m] of each row's last `wanted` [n] events."""
+    ends = np.cumsum(every.lengths)
+    from_the_end = np.repeat(ends, every.lengths) - np.arange(len(every.values))
+    return np.asarray(from_the_end <= np.repeat(wanted, every.lengths))

@@ -1,4 +1,5 @@
-"""The model: hashed embeddings and normalised numbers into a few small MLPs, beside boosted trees, as one graph."""
+"""The model as one graph: hashed embeddings, normalised numbers and pooled events into a few small MLPs, beside boosted
+trees."""
 
 from __future__ import annotations
 
@@ -17,12 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from features.inputs import Inputs
 from features.usecase import ModelInputs
+from pipelines.onnx_model import input_names, record_example
 from pipelines.trees import Trees
 
 CLIP = 5.0  # standard deviations
 LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
 EXAMPLE_ROWS = 8
+CHUNK = 8192  # rows scored at a time
+EVENT_WIDTH = 16
+STEEPEST = 5.0  # largest logit of attention: no event is lost, and nothing overflows
 
 
 class Normaliser(nn.Module):
@@ -58,6 +64,30 @@ class Normaliser(nn.Module):
 def squash(numbers: Tensor) -> Tensor:
     """Signed log1p: keeps the sign, tames long tails."""
     return torch.sign(numbers) * torch.log1p(torch.abs(numbers))
+
+
+class Events(nn.Module):
+    """Events [m, D] of n rows -> [n, 2 x 16 + 1]: their attention-weighted mean, their mean, log1p of how many.
+
+    All events of a batch are encoded side by side and added up by row, so the cost follows the events that are there:
+    no row is padded (the dynamic batching of Looks et al. 2017, "Deep learning with dynamic computation graphs").
+    """
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.normaliser = Normaliser(columns)
+        self.encoder = nn.Sequential(nn.Linear(2 * columns, EVENT_WIDTH), nn.SiLU())
+        self.attention = nn.Linear(EVENT_WIDTH, 1)
+
+    def forward(self, values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+        """Events with the row of each [m]; `like` has as many rows as there shall be."""
+        encoded = self.encoder(self.normaliser(values))
+        weight = torch.exp(STEEPEST * torch.tanh(self.attention(encoded) / STEEPEST))
+        summands = torch.cat([weight * encoded, encoded, weight, torch.ones_like(weight)], 1)
+        zeros = torch.zeros(like.shape[0], summands.shape[1], device=like.device)
+        sums = zeros.scatter_add(0, rows[:, None].expand_as(summands), summands)
+        attended, plain, weights, count = torch.split(sums, [EVENT_WIDTH, EVENT_WIDTH, 1, 1], 1)
+        return torch.cat([attended / weights.clamp(min=1e-6), plain / count.clamp(min=1), torch.log1p(count)], 1)
 
 
 class Linears(nn.Module):
@@ -104,7 +134,9 @@ class Net(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(c.buckets, c.dim) for c in inputs.categories)
         for table in self.tables:
             nn.init.normal_(table.weight, std=0.05)  # type: ignore[arg-type]
+        self.events = nn.ModuleList(Events(len(s.columns)) for s in inputs.sequences)
         width = 2 * len(inputs.numbers) + sum(c.dim for c in inputs.categories)
+        width += (2 * EVENT_WIDTH + 1) * len(inputs.sequences)
         self.skip = Linears(members, width, 1 + targets)
         layers: list[nn.Module] = [nn.Dropout(input_dropout)]
         for size in hidden:
@@ -125,40 +157,48 @@ class Net(nn.Module):
         with torch.no_grad():
             self.head.bias[:] = torch.logit(torch.from_numpy(rates)).float()
 
-    def embed(self, numbers: Tensor, ids: Tensor) -> Tensor:
-        """Everything a model reads as one vector per row."""
-        return torch.cat([self.normaliser(numbers), *(t(ids[:, i]) for i, t in enumerate(self.tables))], 1)
+    def normalise(self, inputs: Inputs, weight: float = 1.0) -> None:
+        """Move all normalisers to these inputs; `weight` 1 forgets what was there."""
+        self.normaliser.fit(inputs.numbers, weight)
+        for events, ragged in zip(self.events, inputs.sequences, strict=True):
+            events.normaliser.fit(ragged.values, weight)  # type: ignore[operator, union-attr]
 
-    def foretell(self, numbers: Tensor, ids: Tensor) -> Tensor:
-        """Logits [members, n, 1 + targets], the label's first, of numbers [n, F], NaN allowed, and ids [n, C]."""
-        x = self.embed(numbers, ids)
+    def tensors(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Inputs as the methods below take them, on the net's device: numbers [n, F], NaN allowed, ids [n, C], then of
+        each sequence its events [m, D] and the row of each [m]."""
+        ragged = (array for s in inputs.sequences for array in (s.values, s.rows))
+        device = self.head.weight.device
+        return tuple(torch.from_numpy(array).to(device) for array in (inputs.numbers, inputs.ids, *ragged))
+
+    def embed(self, numbers: Tensor, ids: Tensor, *events: Tensor) -> Tensor:
+        """Everything a model reads as one vector per row."""
+        parts = [self.normaliser(numbers), *(t(ids[:, i]) for i, t in enumerate(self.tables))]
+        parts += [pool(*events[2 * i : 2 * i + 2], numbers) for i, pool in enumerate(self.events)]
+        return torch.cat(parts, 1)
+
+    def foretell(self, *tensors: Tensor) -> Tensor:
+        """Logits [members, n, 1 + targets], the label's first."""
+        x = self.embed(*tensors)
         logits: Tensor = self.head(self.body(x)) + self.skip(x)
         return logits
 
-    def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         """The label's logits [n]: the members' mean, and once there are trees the mean of that and theirs."""
-        members: Tensor = self.foretell(numbers, ids)[:, :, 0].mean(0)
+        members: Tensor = self.foretell(*tensors)[:, :, 0].mean(0)
         if not self.trees.count:
             return members
-        both: Tensor = members + self.trees.fitted * (self.trees(numbers) - members) / 2
+        both: Tensor = members + self.trees.fitted * (self.trees(tensors[0]) - members) / 2
         return both
 
-    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Probabilities [n], without dropout or gradient; the net stays in the mode it was in."""
         training = self.training
         self.eval()
-        device = self.head.weight.device
+        chunks = (inputs.take(slice(i, i + CHUNK)) for i in range(0, len(inputs), CHUNK))
         with torch.no_grad():
-            parts = [
-                torch.sigmoid(self(torch.from_numpy(n).to(device), torch.from_numpy(i).to(device)))
-                for n, i in zip(_chunks(numbers), _chunks(ids), strict=True)
-            ]
+            parts = [torch.sigmoid(self(*self.tensors(chunk))) for chunk in chunks]
         self.train(training)
         return torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.float32)
-
-
-def _chunks(rows: npt.NDArray[Any], size: int = 8192) -> list[npt.NDArray[Any]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def losses(logits: Tensor, truth: Tensor, target_weight: float) -> Tensor:
@@ -182,46 +222,36 @@ class _Scorer(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, numbers: Tensor, ids: Tensor) -> Tensor:
-        return torch.sigmoid(self.net(numbers, ids))
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return torch.sigmoid(self.net(*tensors))
 
 
-def export(
-    net: Net,
-    folder: Path,
-    declaration: Mapping[str, Any],
-    numbers: npt.NDArray[np.float32],
-    ids: npt.NDArray[np.int64],
-) -> None:
+def export(net: Net, folder: Path, declaration: Mapping[str, Any], inputs: Inputs) -> None:
     """Write the files of a version: model.onnx, weights.pt, inputs.json (its declaration), and example.json of the
     first 8 given rows."""
     net = net.cpu().eval()
-    numbers, ids = numbers[:EXAMPLE_ROWS], ids[:EXAMPLE_ROWS]
-    score = net.score(numbers, ids)
+    declared, example = ModelInputs.from_json(declaration), inputs.take(slice(EXAMPLE_ROWS))
+    recorded = record_example(declared, example, net.score(example))
     folder.mkdir(parents=True, exist_ok=True)
-    graph, weights = folder / "model.onnx.new", io.BytesIO()
+    graph, weights, names = folder / "model.onnx.new", io.BytesIO(), input_names(declared)
+    sizes = ["rows", "rows", *(f"{s.name}_events" for s in declared.sequences for _ in range(2)), "rows"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, and 20 times as fast as its successor
         torch.onnx.export(
             _Scorer(net).eval(),
-            (torch.from_numpy(numbers), torch.from_numpy(ids)),
+            net.tensors(example),
             graph,
-            input_names=["numbers", "ids"],
+            input_names=names,
             output_names=["score"],
-            dynamic_axes={name: {0: "rows"} for name in ("numbers", "ids", "score")},
+            dynamic_axes={name: {0: size} for name, size in zip([*names, "score"], sizes, strict=True)},
             opset_version=17,
             dynamo=False,
         )
     torch.save(net.state_dict(), weights)
-    example = {
-        "numbers": [[None if np.isnan(v) else float(v) for v in row] for row in numbers],
-        "ids": ids.tolist(),
-        "score": score.tolist(),
-    }
     os.replace(graph, folder / "model.onnx")
     write(folder / "weights.pt", weights.getvalue())
     write(folder / "inputs.json", json.dumps(declaration).encode())
-    write(folder / "example.json", json.dumps(example).encode())
+    write(folder / "example.json", json.dumps(recorded).encode())
 
 
 def load_weights(net: Net, folder: Path) -> None:

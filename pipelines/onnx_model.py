@@ -1,7 +1,8 @@
 """A model version in ONNX Runtime: data only, nothing in it is executed but the graph.
 
-A version's folder holds `model.onnx` (inputs `numbers` float32 [n, F] and `ids` int64 [n, C], output `score`
-float32 [n]), `inputs.json` (what to feed it) and `example.json` (inputs with the scores its maker saw).
+A version's folder holds `model.onnx`, `inputs.json` (what to feed it) and `example.json` (inputs with the scores its
+maker saw). The graph's inputs are `numbers` float32 [n, F], `ids` int64 [n, C], and for each declared sequence `<name>`
+float32 [m, D] and `<name>_rows` int64 [m], the row of each event; its output is `score` float32 [n].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from features.errors import InputError
+from features.inputs import Inputs, Ragged
 from features.usecase import ModelInputs
 
 TOLERANCE = 1e-4  # of a score: more than float32 arithmetic on another machine can explain
@@ -44,7 +46,7 @@ class OnnxModel:
         try:
             inputs = ModelInputs.from_json(json.loads((folder / "inputs.json").read_bytes()))
             example = json.loads((folder / "example.json").read_bytes())
-            model = cls(_session(folder / "model.onnx"), inputs, version)
+            model = cls(_session(folder / "model.onnx", inputs), inputs, version)
             model._verify(example)
         except InputError:
             raise
@@ -52,35 +54,73 @@ class OnnxModel:
             raise InputError(f"version {version} can't be loaded: {type(error).__name__}: {_line(error)}") from error
         return model
 
-    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Probabilities [n] of numbers [n, F], NaN allowed, and ids [n, C]."""
-        (score,) = self._session.run(["score"], {"numbers": numbers, "ids": ids})
-        return np.asarray(score, dtype=np.float32).reshape(len(numbers))
+    def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Probabilities [n]."""
+        feed = {"numbers": inputs.numbers, "ids": inputs.ids}
+        for declared, ragged in zip(self.inputs.sequences, inputs.sequences, strict=True):
+            feed |= {declared.name: ragged.values, f"{declared.name}_rows": ragged.rows}
+        (score,) = self._session.run(["score"], feed)
+        return np.asarray(score, dtype=np.float32).reshape(len(inputs))
 
     def _verify(self, example: dict[str, Any]) -> None:
         expected = np.array(example["score"], dtype=np.float32)
-        n = len(expected)
-        numbers = np.array(example["numbers"], dtype=np.float32).reshape(n, len(self.inputs.numbers))
-        ids = np.array(example["ids"], dtype=np.int64).reshape(n, len(self.inputs.categories))
-        if n == 0:
+        if len(expected) == 0:
             raise InputError(f"version {self.version} is refused: its recorded example is empty")
-        difference = float(np.max(np.abs(self.score(numbers, ids) - expected)))
+        inputs = example_inputs(self.inputs, example)
+        difference = float(np.max(np.abs(self.score(inputs) - expected)))
         if not difference <= TOLERANCE:
             raise InputError(
                 f"version {self.version} is refused: its recorded example scores differently here, by {difference:.3g}"
             )
-        self.score(numbers[:1], ids[:1])
+        self.score(inputs.take(slice(1)))
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def record_example(declared: ModelInputs, inputs: Inputs, score: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """`example.json`: inputs with the scores their maker saw."""
+    sequences = {
+        d.name: {"values": _plain(s.values), "lengths": s.lengths.tolist()}
+        for d, s in zip(declared.sequences, inputs.sequences, strict=True)
+    }
+    return {
+        "numbers": _plain(inputs.numbers),
+        "ids": inputs.ids.tolist(),
+        "sequences": sequences,
+        "score": score.tolist(),
+    }
+
+
+def example_inputs(declared: ModelInputs, example: dict[str, Any]) -> Inputs:
+    """The inputs of a recorded example."""
+    n = len(example["score"])
+    sequences = [example["sequences"][s.name] for s in declared.sequences]
+    return Inputs(
+        np.array(example["numbers"], dtype=np.float32).reshape(n, len(declared.numbers)),
+        np.array(example["ids"], dtype=np.int64).reshape(n, len(declared.categories)),
+        tuple(
+            Ragged(np.array(s["values"], np.float32).reshape(-1, len(d.columns)), np.array(s["lengths"], np.int64))
+            for d, s in zip(declared.sequences, sequences, strict=True)
+        ),
+    )
+
+
+def _plain(numbers: npt.NDArray[np.float32]) -> list[list[float | None]]:
+    return [[None if np.isnan(v) else float(v) for v in row] for row in numbers]
+
+
+def input_names(declared: ModelInputs) -> list[str]:
+    """The inputs of a version's graph."""
+    return ["numbers", "ids", *(name for s in declared.sequences for name in (s.name, f"{s.name}_rows"))]
+
+
+def _session(path: Path, declared: ModelInputs) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    wrong = {i.name for i in session.get_inputs()} ^ {"numbers", "ids"}
-    if wrong or "score" not in {o.name for o in session.get_outputs()}:
-        raise InputError(f"{path.name}: expected inputs numbers and ids and an output score")
+    names = input_names(declared)
+    if {i.name for i in session.get_inputs()} != set(names) or "score" not in {o.name for o in session.get_outputs()}:
+        raise InputError(f"{path.name}: expected inputs {', '.join(names)} and an output score")
     return session
 
 

@@ -41,8 +41,7 @@ class Data:
         held_from = int(np.searchsorted(self.examples.label_time, job.cut - job.holdout))
         self.fit, self.held = self.examples.take(slice(held_from)), self.examples.take(slice(held_from, None))
         truth = np.column_stack([self.examples.label, self.examples.targets])
-        arrays = (self.examples.numbers, self.examples.ids, truth)
-        self.tensors = [torch.from_numpy(a).to(device) for a in arrays]
+        self.truth = torch.from_numpy(truth).to(device)
         self.samplers = {
             FIT: Sampler(held_from, job.recipe.batch, job.recipe.epochs, job.seed),
             FINISH: Sampler(len(self.examples), job.recipe.batch, 1, job.seed + 1),
@@ -133,10 +132,10 @@ class Worker:
         champion = self.job.champion
         if champion and self.job.warm_start:
             net.load_weights(self.model, Path(champion.folder))
-            newer = self.data.examples.between(champion.cut, self.job.cut - self.job.holdout).numbers
-            self.model.normaliser.fit(newer, 1 - 0.5 ** (len(newer) / HALF_LIFE))
+            newer = self.data.examples.between(champion.cut, self.job.cut - self.job.holdout).inputs
+            self.model.normalise(newer, 1 - 0.5 ** (len(newer) / HALF_LIFE))
         else:
-            self.model.normaliser.fit(self.data.fit.numbers)
+            self.model.normalise(self.data.fit.inputs)
             self.model.start_at(np.column_stack([self.data.fit.label, self.data.fit.targets]))
 
     def _pass(self, phase: str, base: float) -> None:
@@ -166,16 +165,16 @@ class Worker:
         trees = self.model.trees
         if hvd.rank() == 0 and trees.count:
             say(f"{trees.count} trees of {len(examples):,} examples")
-            trees.fit(examples.numbers, examples.label, self.job.seed)
+            trees.fit(examples.inputs.numbers, examples.label, self.job.seed)
         hvd.broadcast_parameters(trees.state_dict(), root_rank=0)
 
     def _step(self, share: Share, rate: float) -> None:
         """One update by the mean gradient over the rows that count, of all ranks."""
-        rows = torch.from_numpy(share.rows).to(self.device)
+        tensors = self.model.tensors(self.data.examples.inputs.take(share.rows))
+        truth = self.data.truth[torch.from_numpy(share.rows).to(self.device)]
         weights = torch.from_numpy(share.weights).to(self.device)
-        numbers, ids, truth = (t[rows] for t in self.data.tensors)
         self.optimizer.zero_grad()
-        loss = net.losses(self.model.foretell(numbers, ids), truth, self.job.recipe.target_weight) @ weights
+        loss = net.losses(self.model.foretell(*tensors), truth, self.job.recipe.target_weight) @ weights
         torch.autograd.backward(loss / share.total)
         hvd.grouped_allreduce_([p.grad for p in self.model.parameters()], op=hvd.Sum, name="gradients")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM * math.sqrt(self.job.recipe.members))
@@ -193,7 +192,7 @@ class Worker:
     def _evaluate(self) -> dict[str, Any]:
         """Challenger and champion on the held-out part, which neither has trained on."""
         held, champion = self.data.held, self.job.champion
-        score = self.model.score(held.numbers, held.ids)
+        score = self.model.score(held.inputs)
         version = champion.version if champion else None
         found: dict[str, Any] = {"examples": len(held), "champion": version, "blocks": []}
         found |= _measures("", held.label, score)
@@ -201,7 +200,7 @@ class Worker:
             model = OnnxModel.load(Path(champion.folder), champion.version)
             same = archive.load(self.state.files, model.inputs, self.job.cut - self.job.holdout, self.job.cut)
             same = same.take(slice(len(same) - len(held), None))
-            other = model.score(same.numbers, same.ids)
+            other = model.score(same.inputs)
             found |= _measures("champion_", held.label, other)
             found["blocks"] = quality.paired_blocks(held.event_time, held.label, score, other)
         return found
@@ -209,8 +208,8 @@ class Worker:
     def _write_result(self) -> None:
         """The version's files; result.json last, so that it vouches for the others."""
         folder, examples = Path(self.job.result), self.data.examples
-        last = slice(-net.EXAMPLE_ROWS, None)
-        net.export(self.model, folder, self.job.declaration, examples.numbers[last], examples.ids[last])
+        example = examples.inputs.take(slice(-net.EXAMPLE_ROWS, None))
+        net.export(self.model, folder, self.job.declaration, example)
         net.write(folder / "evaluation.json", json.dumps(self.state.evaluation).encode())
         result = {
             "examples": len(examples),

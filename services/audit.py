@@ -48,7 +48,7 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
     known = [(p, at) for p in predictions if (at := held(p.event_time)) is not None]
     chosen = [known[i] for i in rng.choice(len(known), min(sample, len(known)), replace=False)]
     truth = {r.request_id: (r.label, r.label_time) for r in examples.records}
-    numbers, _ = examples.arrays(use_case.inputs, np.arange(len(examples)))
+    numbers = examples.inputs(use_case.inputs, np.arange(len(examples))).numbers
     return [
         vectors_equal(oracle, chosen),
         causality(predictions, learned),

@@ -23,8 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from features.errors import ConfigError, UnavailableError
+from features.inputs import encode
 from features.usecase import UseCase, load
-from features.vectors import StoredRow, Vectorizer, encode
+from features.vectors import StoredRow, Vectorizer
 from pipelines.broker import Message
 from pipelines.prediction import prediction_message
 from services.batcher import Answer, Batcher
@@ -82,7 +83,7 @@ class Predictor:
             self.vectorizer.assemble(k, row.fields, t, stored)
             for row, k, t, stored in zip(rows, keys, times, self._read(keys), strict=True)
         ]
-        scores = self._finite(model.score(*encode(model.inputs, [v.features for v in vectors])).tolist())
+        scores = self._finite(model.score(encode(model.inputs, [v.features for v in vectors])).tolist())
         messages, answers = [], []
         for row, k, t, vector, score in zip(rows, keys, times, vectors, scores, strict=True):
             served = {"request_id": row.request_id, "score": score, "version": model.version, "arm": ARM}

@@ -74,7 +74,7 @@ def first_model(settings: Settings, use_case: UseCase, state: Mapping[str, Any],
     learned = int(state["versions"][promoted[0]]["latest_label_time"])
     rows = np.flatnonzero(examples.event_time > learned)
     if len(rows):
-        scores[rows] = model.score(*examples.arrays(model.inputs, rows))
+        scores[rows] = model.score(examples.inputs(model.inputs, rows))
     return scores
 
 

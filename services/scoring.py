@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from features.contracts import Invalid
+from features.inputs import encode
 from features.usecase import Row, UseCase
-from features.vectors import encode
 from pipelines.scorer import Scored, Scorer
 from services import wiring
 from services.predict_request import Refused, RequestDecoder
@@ -40,6 +40,6 @@ def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer
 
     def score(vectors: Sequence[Row]) -> Scored:
         model = slot.current
-        return model.score(*encode(model.inputs, vectors)).tolist(), model.version, "champion"
+        return model.score(encode(model.inputs, vectors)).tolist(), model.version, "champion"
 
     return lambda partition: Scorer(use_case, parse, score)

@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from features.inputs import Inputs, encode
 from features.usecase import ModelInputs, UseCase
-from features.vectors import encode
 from pipelines.broker import Broker, clock_of
 from services.topic_reader import read_all
 
@@ -62,15 +62,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.records)
 
-    def arrays(self, inputs: ModelInputs, rows: Ints) -> tuple[npt.NDArray[np.float32], Ints]:
-        """Numbers [n, F] and ids [n, C] of these rows, as `features.vectors.encode` has them."""
-        parts = [
-            encode(inputs, [self.records[i].vector() for i in rows[start : start + CHUNK]])
-            for start in range(0, len(rows), CHUNK)
-        ]
-        if not parts:
-            return encode(inputs, [])
-        return np.concatenate([numbers for numbers, _ in parts]), np.concatenate([ids for _, ids in parts])
+    def inputs(self, declared: ModelInputs, rows: Ints) -> Inputs:
+        """What a model reads of these rows."""
+        starts = range(0, max(1, len(rows)), CHUNK)
+        return Inputs.join([encode(declared, [self.records[i].vector() for i in rows[s : s + CHUNK]]) for s in starts])
 
 
 def read_predictions(broker: Broker, use_case: UseCase) -> list[Prediction]:

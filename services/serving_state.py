@@ -15,6 +15,7 @@ import numpy.typing as npt
 import structlog
 
 from features.errors import PenstockError, UnavailableError
+from features.inputs import Inputs
 from features.usecase import ModelInputs, UseCase
 from features.vectors import Vectorizer
 from pipelines.broker import Broker, Consumer, Record
@@ -34,7 +35,7 @@ class Model(Protocol):
     version: str
     inputs: ModelInputs
 
-    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Probabilities [n]."""
 
 
@@ -47,8 +48,8 @@ class Prior:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def score(self, numbers: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return np.full(len(numbers), self.value)
+    def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        return np.full(len(inputs), self.value)
 
 
 class ModelSlot:

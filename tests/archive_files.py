@@ -38,7 +38,8 @@ def write_archive(folder: Path, rows: int, days: int = 10, files: int = 2, seed:
             "place": pa.array(rng.integers(0, 5, rows)),
             "strong": (logit > 1).astype(float),
             "seldom": pa.array(np.where(rng.random(rows) < 0.9, np.nan, 1.0), from_pandas=True),
-            "recent": [[1.0, 2.0]] * rows,
+            "recent": [rng.normal(size=k).tolist() for k in rng.integers(0, 4, rows)],
+            "sizes": [None if k == 3 else list(range(k)) for k in rng.integers(0, 4, rows)],
         }
     )
     folder.mkdir(parents=True, exist_ok=True)

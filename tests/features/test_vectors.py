@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from features.errors import ConfigError
+from features.inputs import encode
 from features.usecase import Category, ModelInputs
-from features.vectors import Vectorizer, empty_row, encode, join_keys, schema_id, view_columns
+from features.vectors import Vectorizer, empty_row, join_keys, schema_id, view_columns
 from tests.toy import all_orders, dearness, shop_item, use_case
 
 T = 1_767_225_600_000
@@ -76,15 +77,20 @@ def test_the_schema_id_follows_names_and_types() -> None:
 
 def test_encode_numbers_nulls_and_booleans() -> None:
     inputs = ModelInputs(("a", "b", "c"))
-    numbers, ids = encode(inputs, [{"a": 1, "b": None, "c": True}, {"a": 0.1, "c": False}])
-    assert (numbers.dtype, numbers.shape, ids.dtype, ids.shape) == (np.float32, (2, 3), np.int64, (2, 0))
-    np.testing.assert_array_equal(numbers, np.array([[1, np.nan, 1], [0.1, np.nan, 0]], np.float32))
-    assert encode(inputs, [])[0].shape == (0, 3)
+    found = encode(inputs, [{"a": 1, "b": None, "c": True}, {"a": 0.1, "c": False}])
+    assert (found.numbers.dtype, found.numbers.shape, found.ids.dtype, found.ids.shape) == (
+        np.float32,
+        (2, 3),
+        np.int64,
+        (2, 0),
+    )
+    np.testing.assert_array_equal(found.numbers, np.array([[1, np.nan, 1], [0.1, np.nan, 0]], np.float32))
+    assert encode(inputs, []).numbers.shape == (0, 3)
 
 
 def test_ids_are_hashed_with_their_name_and_type() -> None:
     inputs = ModelInputs((), (Category("x", 1000, 2), Category("y", 1000, 2)))
-    _, ids = encode(inputs, [{"x": 1, "y": 1}, {"x": 1.0, "y": None}, {"x": True, "y": "é"}])
+    ids = encode(inputs, [{"x": 1, "y": 1}, {"x": 1.0, "y": None}, {"x": True, "y": "é"}]).ids
     texts = [["x=1", "y=1"], ["x=1.0", "y=None"], ["x=True", "y=é"]]
     assert ids.tolist() == [[zlib.crc32(t.encode()) % 1000 for t in row] for row in texts]
 
@@ -92,8 +98,8 @@ def test_ids_are_hashed_with_their_name_and_type() -> None:
 def test_a_vector_read_back_from_json_is_encoded_the_same() -> None:
     vector = assemble({"all_orders": ({"all_count": 3, "all_mean": 1 / 3}, T)}).features
     here, there = (encode(use_case.inputs, [v]) for v in (vector, json.loads(json.dumps(vector))))
-    np.testing.assert_array_equal(here[0], there[0])
-    np.testing.assert_array_equal(here[1], there[1])
+    np.testing.assert_array_equal(here.numbers, there.numbers)
+    np.testing.assert_array_equal(here.ids, there.ids)
 
 
 @pytest.mark.parametrize("inputs", [ModelInputs(("nope",)), ModelInputs((), (Category("nope", 2, 2),))])

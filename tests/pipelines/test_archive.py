@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import ConfigError, StateError
-from features.usecase import ModelInputs
-from features.vectors import encode
+from features.inputs import encode
+from features.usecase import EventSequence, ModelInputs
 from pipelines import archive
 from tests.archive_files import DAY, INPUTS, START, write_archive
 
@@ -22,11 +22,15 @@ def test_load_equals_encoding_the_rows_one_by_one(tmp_path: Path) -> None:
     rows = sorted(
         (r for f in files for r in pq.read_table(f).to_pylist()), key=lambda r: (r["label_time"], r["request_id"])
     )
-    examples = archive.load(files, INPUTS, *ALL)
-    numbers, ids = encode(INPUTS, rows)
-    assert np.array_equal(examples.numbers, numbers, equal_nan=True) and np.isnan(numbers).any()
-    assert np.array_equal(examples.ids, ids)
-    assert examples.numbers.dtype == np.float32 and examples.ids.dtype == np.int64
+    inputs = replace(INPUTS, sequences=(EventSequence("both", ("recent", "sizes")), EventSequence("one", ("recent",))))
+    examples = archive.load(files, inputs, *ALL)
+    found, one_by_one = examples.inputs, encode(inputs, rows)
+    assert np.array_equal(found.numbers, one_by_one.numbers, equal_nan=True) and np.isnan(found.numbers).any()
+    assert np.array_equal(found.ids, one_by_one.ids)
+    for ours, theirs in zip(found.sequences, one_by_one.sequences, strict=True):
+        assert np.array_equal(ours.values, theirs.values) and np.array_equal(ours.lengths, theirs.lengths)
+        assert len(set(ours.lengths)) > 2 and ours.values.dtype == np.float32
+    assert found.numbers.dtype == np.float32 and found.ids.dtype == np.int64
     assert examples.request_id.tolist() == [r["request_id"] for r in rows]
     assert examples.label.tolist() == [r["label"] for r in rows]
     assert examples.event_time.tolist() == [r["event_time"] for r in rows]
@@ -69,15 +73,15 @@ def test_integers_hash_as_integers_in_every_file(tmp_path: Path) -> None:
     examples = archive.load(files, INPUTS, *ALL)
     place = INPUTS.categories[1]
     expected = {
-        encode(replace(INPUTS, numbers=(), categories=(place,)), [{"place": v}])[1][0, 0] for v in (None, *range(5))
+        encode(replace(INPUTS, numbers=(), categories=(place,)), [{"place": v}]).ids[0, 0] for v in (None, *range(5))
     }
-    assert set(examples.ids[:, 1]) == expected
+    assert set(examples.inputs.ids[:, 1]) == expected
 
 
 def test_no_examples_is_empty_arrays(tmp_path: Path) -> None:
     for files in ([], write_archive(tmp_path, 10)):
         examples = archive.load(files, INPUTS, START + 99 * DAY, START + 100 * DAY)
-        assert len(examples) == 0 and examples.numbers.shape == (0, 3) and examples.ids.shape == (0, 2)
+        assert len(examples) == 0 and examples.inputs.numbers.shape == (0, 3) and examples.inputs.ids.shape == (0, 2)
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:

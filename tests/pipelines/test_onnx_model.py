@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from features.errors import InputError
+from features.inputs import Inputs
 from pipelines.onnx_model import OnnxModel
 from tests.models import save_model
 from tests.toy import use_case
@@ -24,7 +25,7 @@ def test_a_version_scores_batches_of_any_size(folder: Path) -> None:
     assert (model.version, model.inputs) == ("7", use_case.inputs)
     f, c = len(model.inputs.numbers), len(model.inputs.categories)
     for n in (0, 1, 33):
-        score = model.score(np.full((n, f), np.nan, np.float32), np.zeros((n, c), np.int64))
+        score = model.score(Inputs(np.full((n, f), np.nan, np.float32), np.zeros((n, c), np.int64)))
         np.testing.assert_allclose(score, np.full(n, 1 / (1 + np.exp(-0.5))), rtol=1e-6)
 
 

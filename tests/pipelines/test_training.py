@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from features.errors import PenstockError
+from features.inputs import Inputs
 from pipelines import archive
 from pipelines.job import Champion, Job, Recipe
 from pipelines.onnx_model import OnnxModel
@@ -134,11 +135,11 @@ def test_warm_start_continues_the_champion_and_compares_with_it(tmp_path: Path) 
 
 def test_the_same_job_gives_the_same_model(tmp_path: Path) -> None:
     job = make_job(tmp_path, 1500)
-    numbers, ids = np.ones((4, 3), np.float32), np.ones((4, 2), np.int64)
+    inputs = Inputs(np.ones((4, 3), np.float32), np.ones((4, 2), np.int64))
     scores = []
     for _ in range(2):
         run(tmp_path, job, ranks=1)
-        scores.append(OnnxModel.load(tmp_path / "result", "1").score(numbers, ids))
+        scores.append(OnnxModel.load(tmp_path / "result", "1").score(inputs))
         (tmp_path / "result/result.json").unlink()
     assert np.array_equal(*scores)
 

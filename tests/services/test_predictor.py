@@ -326,7 +326,7 @@ def test_a_score_that_is_no_number_is_answered_by_the_prior(service: Service, tm
     folder = save_model(tmp_path / "6", nan=True)
     good = save_model(tmp_path / "7")
     model = OnnxModel.load(good, "6")
-    model._session = _session(folder / "model.onnx")
+    model._session = _session(folder / "model.onnx", model.inputs)
     service.slot.swap(model)
     assert service.predict({"rows": [ROW, ROW]}).json()["rows"][0]["score"] == 0.3
     assert service.metric("nan_scores_total") == 2

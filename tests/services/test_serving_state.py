@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from features.errors import UnavailableError
+from features.inputs import Inputs
 from features.usecase import ModelInputs
 from pipelines.broker import Message
 from services.serving_state import ModelSlot, Prior, ServingState
@@ -184,7 +185,7 @@ def test_no_batch_sees_two_models(world: World) -> None:
         while not stop.is_set():
             model = world.slot.current
             f, c = len(use_case.inputs.numbers), len(use_case.inputs.categories)
-            values = model.score(np.zeros((3, f), np.float32), np.zeros((3, c), np.int64))
+            values = model.score(Inputs(np.zeros((3, f), np.float32), np.zeros((3, c), np.int64)))
             seen.setdefault(model.version, set()).update(np.round(values, 4).tolist())
 
     thread = threading.Thread(target=score)
