@@ -215,6 +215,21 @@ def losses(logits: Tensor, truth: Tensor, target_weight: float) -> Tensor:
     return each[:, 0] + target_weight * each[:, 1:].sum(1) / max(1, each.shape[1] - 1)
 
 
+def make_optimizer(model: Net, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, weight matrices decaying. Its state exists from the start: a rank that joins must not take
+    the step, with weight decay, by which Horovod would otherwise create it."""
+    decayed = [module.weight for module in model.modules() if isinstance(module, Linears)]
+    others = [p for p in model.parameters() if not any(p is d for d in decayed)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
+
+
 class _Scorer(nn.Module):
     """What is exported: probabilities instead of logits."""
 

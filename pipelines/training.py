@@ -57,21 +57,6 @@ def learning_rate(recipe: Recipe, base: float, progress: float, world: int) -> f
     return base * world * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: net.Net, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW whose state exists from the start: a rank that joins must not take the step, with weight decay, by which
-    Horovod would otherwise create it."""
-    decayed = [module.weight for module in model.modules() if isinstance(module, net.Linears)]
-    others = [p for p in model.parameters() if not any(p is d for d in decayed)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for state in optimizer.state.values():
-        state["step"].zero_()
-    return optimizer
-
-
 class Worker:
     """One rank of a job."""
 
@@ -83,7 +68,7 @@ class Worker:
         recipe = job.recipe
         model = net.Net(job.inputs, len(job.targets), recipe.members, recipe.hidden, recipe.trees)
         self.model = model.to(self.device)
-        self.optimizer = make_optimizer(self.model, job.recipe.weight_decay)
+        self.optimizer = net.make_optimizer(self.model, job.recipe.weight_decay)
         self.started = time.monotonic()
         self.state = hvd.elastic.TorchState(
             model=self.model,
