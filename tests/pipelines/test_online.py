@@ -38,8 +38,9 @@ def test_it_answers_with_the_prior_then_learns(examples: Examples) -> None:
     assert scores[0].tolist() == pytest.approx([0.3] * 200)
     early, late = (np.concatenate(part) for part in (scores[4:8], scores[14:]))
     assert (quality.auc(examples.label[800:1600], early) or 0) > 0.7
-    assert (quality.auc(examples.label[2800:], late) or 0) > 0.78
-    assert quality.log_loss(examples.label[2800:], late) < 0.56
+    truth = examples.label[2800:]
+    assert (quality.auc(truth, late) or 0) > 0.75
+    assert quality.log_loss(truth, late) < quality.log_loss(truth, np.full(1200, truth.mean())) - 0.08
 
 
 def test_a_restored_learner_goes_on_as_the_first_would(examples: Examples) -> None:
