@@ -428,8 +428,8 @@ class Runner:
         by_offsets, by_output = newest_of(offsets), newest_of(told)
         ahead = by_output and (not by_offsets or by_output > by_offsets) and checkpoints.has(by_output.snapshot)
         positions = told if ahead else offsets
-        if ahead:
-            self.log.warning("the output is ahead of the offsets: its snapshot counts", partition=i)
+        if by_offsets != by_output:
+            self.log.warning("a killed broker lost an end", partition=i, offsets=by_offsets, output=by_output)
         written = [*self.outputs, *([self.use_case.topic("rejected")] if self.rejects else [])]
         producer.settle([(topic, i) for topic in written], positions, self.consumer, committed=by_offsets != by_output)
         return positions

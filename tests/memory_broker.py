@@ -71,7 +71,7 @@ class MemoryBroker:
         self.owners: dict[str, MemoryProducer] = {}
         self.open: dict[tuple[str, TopicPartition], _Transaction] = {}
         self.undecided: dict[tuple[str, str], dict[TopicPartition, Position]] = {}  # of a transactional id and a group
-        self.loses: set[str] = set()  # topics, or groups, on which a transaction's end is lost
+        self.loses: set[TopicPartition | str] = set()  # partitions, and groups, on which a transaction's end is lost
 
     def create_topics(self, topics: Mapping[str, Mapping[str, str]], partitions: int) -> list[str]:
         created = sorted(set(topics) - set(self.topics))
@@ -332,10 +332,10 @@ class MemoryProducer:
             partitions, self._partitions = self._partitions, set()
             groups, self._groups = self._groups, set()
             for partition in partitions:
-                if partition[0] not in broker.loses:
+                if partition not in broker.loses:
                     broker.open.pop((id, partition), _Transaction()).state = state
                     broker.append(partition, _Entry(None))
-            for group in groups - broker.loses:
+            for group in groups.difference(broker.loses):
                 positions = broker.undecided.pop((id, group), {})
                 broker.groups[group].committed.update(positions if state == "committed" else {})
 
