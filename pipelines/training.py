@@ -157,7 +157,7 @@ class Worker:
                     say(f"{phase}, epoch {epoch + 1} of {sampler.epochs}: {left:,} examples on {world} ranks")
             share = sampler.share(order, start, end, rank, world)
             torch.manual_seed(hash((sampler.seed, state.position, rank)))
-            self._step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
+            self.step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
             self._record(f"{self.run} {phase} {epoch} {start}", share)
             state.position += end - start
             steps += 1
@@ -172,7 +172,7 @@ class Worker:
             trees.fit(examples.inputs.numbers, examples.label, self.job.seed)
         hvd.broadcast_parameters(trees.state_dict(), root_rank=0)
 
-    def _step(self, share: Share, rate: float) -> None:
+    def step(self, share: Share, rate: float) -> None:
         """One update by the mean gradient over the rows that count, of all ranks."""
         tensors = self.model.tensors(self.data.examples.inputs.take(share.rows))
         truth = self.data.truth[torch.from_numpy(share.rows).to(self.device)]

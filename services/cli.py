@@ -66,6 +66,7 @@ class Requests(StrEnum):
 class Bench(StrEnum):
     features = "features"
     freshness = "freshness"
+    training = "training"
 
 
 class Action(StrEnum):
@@ -282,11 +283,16 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
-    from benchmarks import features, freshness
+    from benchmarks import features, freshness, training
     from benchmarks.rig import as_text
 
+    measure = {
+        Bench.features: lambda: features.bench(days),
+        Bench.freshness: lambda: freshness.bench(seconds, rate),
+        Bench.training: training.bench,
+    }
     with progress_on_stderr():
-        result = features.bench(days) if what is Bench.features else freshness.bench(seconds, rate)
+        result = measure[what]()
     show(result, as_json, as_text(result))
 
 

@@ -27,7 +27,7 @@ HOME_OF = {  # vendor -> the files that may know it
     "sqlite3": {"pipelines/sqlite_store.py"},
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
-    "horovod": {"pipelines/training.py"},
+    "horovod": {"pipelines/training.py", "benchmarks/ranks.py"},
     "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py", "pipelines/compression.py"},
     "sklearn": {"pipelines/trees.py", "services/audit.py"},
     "fastapi": {"services/predictor.py"},
