@@ -121,16 +121,9 @@ def take_steps(peer: str, job: Job, steps: int) -> None:
     step, data, model = horovod_step(job) if peer == "horovod" else ddp_step(job)
     seconds = timed(step, data, rank, steps)
     if rank == 0:
-        print(
-            json.dumps(
-                {
-                    "seconds": seconds,
-                    "steps": steps,
-                    "examples": steps * 2 * job.recipe.batch,
-                    "bytes": bytes_per_step(job),
-                }
-            )
-        )
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double().norm().item()
+        counts = {"steps": steps, "examples": steps * 2 * job.recipe.batch, "bytes": bytes_per_step(job)}
+        print(json.dumps({"seconds": seconds, "weights": weights, **counts}))
     sys.stdout.flush()
     training.hvd.shutdown() if peer == "horovod" else torch.distributed.destroy_process_group()
 
