@@ -40,9 +40,9 @@ def make_job(folder: Path, rows: int, **changes: object) -> Job:
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
-def run(folder: Path, job: Job, ranks: int = 2) -> dict[str, object]:
+def run(folder: Path, job: Job, ranks: int = 2, timeline: Path | None = None) -> dict[str, object]:
     job.save(folder / "job.json")
-    run_ranks("pipelines.training", folder / "job.json", ranks, folder, Path(job.result) / "result.json")
+    run_ranks("pipelines.training", folder / "job.json", ranks, folder, Path(job.result) / "result.json", timeline)
     return json.loads((Path(job.result) / "result.json").read_text())
 
 
@@ -67,6 +67,15 @@ def assert_each_row_counts_once(job: Job, result: dict[str, object]) -> None:
     for epoch in range(job.recipe.epochs):
         assert counts["fit", str(epoch)] == Counter(fit)
     assert counts["finish", "0"] == Counter(fit | held)
+
+
+def assert_gradients_travel_together(timeline: Path, steps: int) -> None:
+    """Horovod's trace has each step's gradients in its fusion buffer."""
+    events = json.loads(timeline.read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name" and "name" in e["args"]}
+    fused = Counter(names[e["pid"]] for e in events if e.get("name") == "MEMCPY_IN_FUSION_BUFFER")
+    assert len(fused) > 1 and all("gradients" in name for name in fused)
+    assert set(fused.values()) == {steps}
 
 
 def ranks_by_run(job: Job, result: dict[str, object]) -> list[int]:
@@ -117,8 +126,9 @@ def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
 
 def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None:
     job = make_job(tmp_path, 3000, targets=TARGETS)
-    result = run(tmp_path, job)
+    result = run(tmp_path, job, timeline=tmp_path / "timeline.json")
     assert_each_row_counts_once(job, result)
+    assert_gradients_travel_together(tmp_path / "timeline.json", steps=len(result["steps"]))  # type: ignore[arg-type]
     evaluation = json.loads((tmp_path / "result/evaluation.json").read_text())
     assert evaluation["champion"] is None and evaluation["blocks"] == []
     assert evaluation["auc"] > 0.7
