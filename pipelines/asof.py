@@ -39,7 +39,8 @@ class AsOf:
 
     def __init__(self, use_case: UseCase) -> None:
         self.engine, self.vectorizer = Engine(use_case), Vectorizer(use_case)
-        self.on_demand: list[Any] = [view.feature_transformation.udf for view in use_case.on_demand]
+        transformations: list[Any] = [view.feature_transformation for view in use_case.on_demand]
+        self.on_demand = [transformation.udf for transformation in transformations]
         self.views = [_View(view) for view in use_case.views]
         self.refused = 0
 
