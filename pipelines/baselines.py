@@ -201,7 +201,7 @@ class River:
     def _rows(self, inputs: Inputs, learn: bool) -> list[dict[str, float]]:
         """Scaled numbers by place, and a one for each id."""
         squashed = np.sign(inputs.numbers) * np.log1p(np.abs(inputs.numbers))
-        found, scaler = [], self.scaler
+        found = []
         for numbers, ids in zip(squashed.tolist(), inputs.ids.tolist(), strict=True):
             row = {str(i): v for i, v in enumerate(numbers) if v == v}
             if learn:
