@@ -77,12 +77,12 @@ def recomputed(test: Backtest) -> list[Verdict]:
     since = max(over.from_ms, over.until_ms - LAST_DAYS * backtest_data.DAY_MS)
     rows = pa.concat_tables([pq.read_table(f, filters=[("event_time", ">=", since)]) for f in test.made.files])
     chosen = np.sort(np.random.default_rng(0).permutation(rows.num_rows)[:SAMPLE])
-    served, names = rows.take(chosen).to_pylist(), Vectorizer(use_case).types
+    served, vectorizer = rows.take(chosen).to_pylist(), Vectorizer(use_case)
     oracle = Recomputation(use_case, _events(test, since - REACH_DAYS * backtest_data.DAY_MS))
     as_of = over.as_of([r["event_time"] for r in served]).tolist()
-    held = [(_prediction(test, row, {n: row[n] for n in names}), at) for row, at in zip(served, as_of, strict=True)]
+    held = [(_prediction(vectorizer, row, row), at) for row, at in zip(served, as_of, strict=True)]
     ahead = [
-        (_prediction(test, row, oracle.vector(p, row["label_time"] + 1)), at)
+        (_prediction(vectorizer, row, oracle.vector(p, row["label_time"] + 1)), at)
         for row, (p, at) in zip(served, held, strict=True)
     ]
     leaked = audit.vectors_equal(oracle, ahead)
@@ -99,16 +99,13 @@ def _events(test: Backtest, since: int) -> list[Applied]:
     return [Applied(e.event, decoders[e.event](e.value), e.time, e.time) for e in events]
 
 
-def _prediction(test: Backtest, row: Mapping[str, Any], vector: Mapping[str, Any]) -> Prediction:
-    """A row of the examples as a logged prediction."""
-    raw = [
-        msgspec.Raw(msgspec.json.encode(part))
-        for part in (
-            {name: row[name] for name in test.use_case.entities},
-            {name: row[name] for name in Vectorizer(test.use_case).fields},
-            vector,
-        )
-    ]
+def _prediction(vectorizer: Vectorizer, row: Mapping[str, Any], vector: Mapping[str, Any]) -> Prediction:
+    """A row of the examples as a logged prediction with that vector."""
+    entities = {name: row[name] for name in vectorizer.use_case.entities}
+    fields = {name: row[name] for name in vectorizer.fields}
+    whole = {**vectorizer.entity_keys(entities, fields), **vector}
+    served = {name: whole[name] for name in vectorizer.types}
+    raw = [msgspec.Raw(msgspec.json.encode(part, enc_hook=float)) for part in (entities, fields, served)]
     return Prediction(row["request_id"], row["event_time"], "", "", 0.0, *raw)
 
 
