@@ -242,6 +242,58 @@ def audit(use_case: UseCaseName, as_json: Json = False) -> None:
 
 
 @app.command()
+def backtest(
+    use_case: UseCaseName,
+    from_: Annotated[datetime, typer.Option("--from", parser=parse_day, metavar="DATE", help="UTC, included.")],
+    until: Annotated[datetime, typer.Option("--until", parser=parse_day, metavar="DATE", help="UTC, excluded.")],
+    score_from: Annotated[
+        datetime | None, typer.Option(parser=parse_day, metavar="DATE", help="Default: after the first 31 days.")
+    ] = None,
+    learner: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:setting=value,...]", help="Again for more; A+B blends. Default: online."),
+    ] = None,
+    tick: Annotated[
+        timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION", help="Windows as in a lockstep.")
+    ] = None,
+    update_every: Annotated[int, typer.Option(min=0, help="Labels learned at a time; 0: the learner's own.")] = 0,
+    stale: Annotated[
+        timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION", help="Windows as of so much before.")
+    ] = None,
+    delay_labels: Annotated[timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION")] = None,
+    permute_labels: Annotated[bool, typer.Option("--permute-labels", help="Nothing can be learned then.")] = False,
+    plant_leak: Annotated[bool, typer.Option("--plant-leak", help="Let the model read the label.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run all of these; fail when one is not noticed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learners over the past in event-time order: each request is scored before its label is learned."""
+    start, end, first = (None if at is None else round(at.timestamp() * 1000) for at in (from_, until, score_from))
+    ticked, staled, delayed = (d // timedelta(milliseconds=1) if d else 0 for d in (tick, stale, delay_labels))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of these small steps mostly wait for each other
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
+    from services import backtest as runs
+    from services import backtest_check
+    from services.backtest_data import Range
+
+    over = Range(start or 0, end or 0, ticked or 1, staled)
+    plan = runs.Plan(
+        use_case,
+        over,
+        runs.default_score_from(over) if first is None else first,
+        tuple(learner or ["online"]),
+        update_every,
+        permute_labels,
+        delayed,
+        plant_leak,
+    )
+    with progress_on_stderr():
+        result = (backtest_check.check if check else runs.backtest)(Settings.load(), plan)
+    show(result, as_json, backtest_check.as_text(result) if check else runs.as_text(result))
+    if not all(c["ok"] for c in result.get("checks", ())):
+        raise typer.Exit(1)
+
+
+@app.command()
 def backfill(
     use_case: UseCaseName,
     view: Annotated[str, typer.Option(help="The stream feature view that is new or was changed.")],
