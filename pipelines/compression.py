@@ -64,12 +64,13 @@ class Half:
 class PowerSGD:
     """Factors of rank r by one power iteration a step, which starts from the last step's (Vogels et al. 2019, alg. 1).
 
-    A tensor of three dimensions is a stack of matrices; one that factors would not make smaller goes as it is.
+    A tensor of three dimensions is a stack of matrices, the members' layers; all else goes as it is, and what factors
+    would not make smaller. An embedding table's gradient has few rows in a step: factors smear it over all of them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], rank: int, seed: int) -> None:
         chance = torch.Generator().manual_seed(seed)
-        self.low = [i for i, p in enumerate(parameters) if p.dim() > 1 and rank * sum(p.shape[-2:]) < _area(p)]
+        self.low = [i for i, p in enumerate(parameters) if p.dim() > 2 and rank * sum(p.shape[-2:]) < _area(p)]
         matrices = [parameters[i] for i in self.low]
         self.left = [torch.zeros_like(m, requires_grad=False) for m in matrices]
         shapes = [(*m.shape[:-2], m.shape[-1], rank) for m in matrices]

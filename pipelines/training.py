@@ -79,8 +79,8 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        cuda = torch.cuda.is_available() and hvd.nccl_built()
-        self.device = torch.device("cuda", hvd.rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        cuda = hvd.nccl_built() and hvd.size() <= torch.cuda.device_count()  # NCCL refuses two ranks on one GPU
+        self.device = torch.device("cuda", hvd.rank()) if cuda else torch.device("cpu")
         torch.manual_seed(job.seed)
         recipe = job.recipe
         model = net.Net(job.inputs, len(job.targets), recipe.members, recipe.hidden, recipe.trees)

@@ -17,8 +17,8 @@ PLAIN_BYTES = 4 * sum(torch.Size(shape).numel() for shape in SHAPES)
 BYTES = {
     "none": PLAIN_BYTES,
     "fp16": PLAIN_BYTES // 2,
-    "powersgd:1": 4 * (64 + 8 + 4 * (20 + 12) + 4 * 12 + 30),
-    "powersgd:4": 4 * (4 * (64 + 8) + 4 * 4 * (20 + 12) + 4 * 12 + 30),
+    "powersgd:1": 4 * (64 * 8 + 4 * (20 + 12) + 4 * 12 + 30),
+    "powersgd:4": 4 * (64 * 8 + 4 * 4 * (20 + 12) + 4 * 12 + 30),
 }
 Gradients = list[Tensor]
 
