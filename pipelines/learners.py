@@ -104,7 +104,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "frozen": _frozen,
     "lightgbm": lambda: _refit(baselines.lightgbm, TREES | {"least": 200, "columns": 0.3, "l2": 10.0}),
     "sklearn": lambda: _refit(baselines.sklearn_trees, TREES),
-    "river": lambda: Kind({"rate": 0.003, "l2": 0.0}, _river),
+    "river": lambda: Kind({"rate": 0.0002, "l2": 0.0}, _river),
     "rate": lambda: Kind({"hours": 24}, _rate, 16),
     "constant": lambda: Kind({}, lambda context, settings: baselines.Constant(context.use_case.prior), 16),
 }
