@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,12 +25,12 @@ from services.backtest_data import Made, Range
 from services.progress import Progress, iso
 from services.settings import Settings
 from services.source import source_of
+from services.train import code_version
 
 Result = dict[str, Any]
 SAVE_S = 60.0
 LEARNER_CODE = ("features/*.py", "pipelines/*.py")
 FIRST_SCORED_MS = 31 * 86_400_000
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -240,15 +239,6 @@ def measured(examples: Examples, score: Any, parts: Mapping[str, Any]) -> Result
     found = comparison.quality(label[rows], score[rows]) | {"months": months}
     found["calibration"] = comparison.calibration(label[rows], score[rows])
     return found | {n: comparison.quality(label[r], score[r]) for n, r in parts.items() if n != "all"}
-
-
-def code_version() -> str:
-    """The commit of this checkout, with + when it is changed; a hash of the code where there is no git."""
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return backtest_data.code_hash((*LEARNER_CODE, "services/*.py"))
 
 
 def _published(settings: Settings, test: Backtest, result: Result) -> Result:

@@ -28,8 +28,10 @@ HOME_OF = {  # vendor -> the files that may know it
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
     "horovod": {"pipelines/training.py"},
-    "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py"},
-    "sklearn": {"pipelines/trees.py", "services/audit.py"},
+    "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py", "pipelines/online.py"},
+    "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
+    "lightgbm": {"pipelines/baselines.py"},
+    "river": {"pipelines/baselines.py"},
     "fastapi": {"services/predictor.py"},
     "confluent_kafka": set(),
 }
