@@ -8,9 +8,11 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +48,16 @@ def parse_duration(text: str) -> timedelta:
     return timedelta(**{units[text[-1]]: int(text[:-1])})
 
 
+def parse_compression(text: str) -> str:
+    """A recipe's compression."""
+    from pipelines.job import Recipe
+
+    try:
+        return Recipe(compression=text).compression
+    except PenstockError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 class Requests(StrEnum):
     http = "http"
     topic = "topic"
@@ -54,6 +66,7 @@ class Requests(StrEnum):
 class Bench(StrEnum):
     features = "features"
     freshness = "freshness"
+    training = "training"
 
 
 class Action(StrEnum):
@@ -158,13 +171,25 @@ def serve(
 def train(
     use_case: UseCaseName,
     ranks: Annotated[int, typer.Option(min=1, max=64, help="Horovod processes.")] = 2,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            parser=parse_compression, metavar="none|fp16|powersgd:RANK", help="Of gradients; else the setting's."
+        ),
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Horovod's timeline, a Chrome trace.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Retrain up to the newest cut with Horovod, evaluate, register a version. No new cut: one line, success."""
     from services.train import train
 
+    settings = Settings.load()
     with progress_on_stderr():
-        result = train(Settings.load(), use_case, ranks)
+        result = train(
+            replace(settings, train_compression=compression or settings.train_compression), use_case, ranks, timeline
+        )
     show(result.as_json(), as_json, str(result))
 
 
@@ -310,11 +335,16 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
-    from benchmarks import features, freshness
+    from benchmarks import features, freshness, training
     from benchmarks.rig import as_text
 
+    measure = {
+        Bench.features: lambda: features.bench(days),
+        Bench.freshness: lambda: freshness.bench(seconds, rate),
+        Bench.training: training.bench,
+    }
     with progress_on_stderr():
-        result = features.bench(days) if what is Bench.features else freshness.bench(seconds, rate)
+        result = measure[what]()
     show(result, as_json, as_text(result))
 
 

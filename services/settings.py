@@ -26,6 +26,7 @@ class Settings:
     kafka_security, kafka_username, kafka_password, kafka_cafile : for a broker with SASL or TLS
     state_url : where snapshots and Parquet files live (fsspec: a path or s3://...)
     offline_keep_days : of the offline rows, those needed to answer for so many days back; 0 keeps all
+    train_compression : what Horovod's ranks send each other: none, fp16 or powersgd:RANK
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
     """
 
@@ -44,6 +45,7 @@ class Settings:
     predictor_port: int = 0
     state_url: str = ""
     offline_keep_days: int = 0
+    train_compression: str = "none"
     allow_event_time: bool = False
     commit_interval_s: float = 0.5
     idle_timeout_s: float = 0.05

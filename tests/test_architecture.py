@@ -27,8 +27,9 @@ HOME_OF = {  # vendor -> the files that may know it
     "sqlite3": {"pipelines/sqlite_store.py"},
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
-    "horovod": {"pipelines/training.py"},
-    "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py", "pipelines/online.py"},
+    "horovod": {"pipelines/training.py", "benchmarks/ranks.py"},
+    "torch": {f"pipelines/{name}.py" for name in ("net", "training", "trees", "online", "compression")}
+    | {"benchmarks/ranks.py"},
     "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
     "lightgbm": {"pipelines/baselines.py"},
     "river": {"pipelines/baselines.py"},

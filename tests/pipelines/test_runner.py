@@ -174,6 +174,50 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(
     assert watermark_of(broker, "toy.joiner") == watermark_of(calm, "toy.joiner") == START + 120 * MINUTE
 
 
+EXAMPLES, CUTS, GROUP = ("toy.examples", 0), ("toy.cuts", 0), "toy.joiner"
+
+
+@pytest.mark.parametrize(
+    "where", [{EXAMPLES, CUTS}, {GROUP}, {EXAMPLES, CUTS, GROUP}], ids=["output", "offsets", "all"]
+)
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+def test_a_commit_whose_end_a_killed_broker_lost_counts_once(
+    which: int, committed: bool, where: set[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joiner dies too, before it commits again."""
+    from tests.memory_broker import MemoryProducer
+
+    monkeypatch.setattr(Checkpoints, "wants_base", property(lambda self: not self.base or self.number % 2 == 0))
+    monkeypatch.setattr("pipelines.runner.POLL_RECORDS", 20)
+    calm = make_broker()
+    work(calm, tmp_path / "calm", Store(use_case))
+    broker, ended, commits = make_broker(), MemoryProducer.end, 0
+
+    def dying(self: MemoryProducer, state: str) -> None:
+        nonlocal commits
+        commits += (self._id, state) == ("toy.joiner.0", "committed")
+        if commits != which:
+            return ended(self, state)
+        commits += 1
+        broker.loses = where
+        ended(self, state if committed else "aborted")
+        broker.loses = set()
+        raise Killed
+
+    monkeypatch.setattr(MemoryProducer, "end", dying)
+    work(broker, tmp_path / "killed", Store(use_case))
+    assert commits > which + 1
+    for topic in ("toy.examples", "toy.rejected", "toy.cuts"):
+        assert values(broker, topic) == values(calm, topic), topic
+    assert offline(broker, tmp_path / "killed", "joiner", "examples") == offline(
+        calm, tmp_path / "calm", "joiner", "examples"
+    )
+    assert broker.committed("toy.joiner").keys() == calm.committed("toy.joiner").keys()
+    assert watermark_of(broker, "toy.joiner") == START + 120 * MINUTE
+    assert not broker.open and not broker.undecided
+
+
 def test_every_bad_record_is_on_the_rejected_topic(tmp_path: Path) -> None:
     broker = make_broker()
     producer = broker.producer()
