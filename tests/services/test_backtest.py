@@ -33,7 +33,7 @@ class Runs:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def log_run(self, experiment: str, params: Any, metrics: Any, folder: Path) -> tuple[str, str]:
+    def log_run(self, experiment: str, params: Any, metrics: Any, folder: Path, artifacts: str) -> tuple[str, str]:
         if self.url.startswith("http"):
             raise registry.UnavailableError("away")
         Runs.logged = {
