@@ -125,7 +125,7 @@ class Backtest:
         path.parent.mkdir(parents=True, exist_ok=True)
         say = self.progress("updates")
         say.line(f"learner {spec.text}")
-        learner = spec.make(self._context(path.with_suffix("")))
+        learner = spec.make(self.context(path.with_suffix("")))
         kept = Kept(path.with_suffix(".part"), self.plan.score_from, learner.snapshot, say)
         position = kept.resume(learner.restore)
         period = self.use_case.retrain_every // MS if spec.kind.at_cuts else 0
@@ -134,7 +134,8 @@ class Backtest:
         kept.path.unlink(missing_ok=True)
         return scores, kept.seconds
 
-    def _context(self, folder: Path) -> Context:
+    def context(self, folder: Path) -> Context:
+        """What learners of this backtest are made for; `folder` takes the files of one that has some."""
         return Context(self.use_case, self.plan.score_from, self.made.files, folder, run_job)
 
     def _every(self, spec: Spec) -> int:
