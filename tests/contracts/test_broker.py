@@ -244,8 +244,10 @@ def losing_the_end(broker: Broker, producer: Producer, topic: str, group: str) -
     from kafka.producer.transaction_manager import TransactionalRequestResult, TxnOffsetCommitHandler
 
     admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)  # type: ignore[attr-defined]
-    unverified = {"transaction.partition.verification.enable": "false"}
-    admin.alter_configs([ConfigResource("BROKER", "1", unverified)])
+    verify = "transaction.partition.verification.enable"
+    admin.alter_configs([ConfigResource("BROKER", "1", {verify: "false"})])
+    asked = ConfigResource("BROKER", "1", [verify])
+    until(lambda: admin.describe_configs([asked], False, "all")["broker"]["1"][verify]["value"] == "false", verify)
     admin.close()
     manager = producer._kafka._transaction_manager  # type: ignore[attr-defined]
     manager._partitions_in_transaction.add(TopicPartition(topic, 0))  # its coordinator isn't told of either
