@@ -52,7 +52,7 @@ class Turn(NamedTuple):
     labels: slice
 
 
-def turns(seen_until: Ints, label_times: Ints, every: int) -> Iterator[Turn]:
+def turns(seen_until: Ints, label_times: Ints, every: int, period_ms: int = 0) -> Iterator[Turn]:
     """Cut a stream into turns so that a request is answered by what had been learned from labels before it alone.
 
     Parameters
@@ -60,13 +60,19 @@ def turns(seen_until: Ints, label_times: Ints, every: int) -> Iterator[Turn]:
     seen_until : [n] in order: a label may be known to a request when its time is smaller
     label_times : [m] in order
     every : labels to collect before they are learned
+    period_ms : instead of so many, all labels before each multiple of it are learned at that instant
     """
-    answered = 0
-    for first in range(0, len(label_times), every):
-        last = min(first + every, len(label_times))
-        until = int(np.searchsorted(seen_until, label_times[last - 1], side="right"))
+    answered = first = 0
+    while first < len(label_times):
+        if period_ms:
+            instant = (int(label_times[first]) // period_ms + 1) * period_ms
+            last = int(np.searchsorted(label_times, instant))
+        else:
+            last = min(first + every, len(label_times))
+            instant = int(label_times[last - 1]) + 1
+        until = int(np.searchsorted(seen_until, instant))
         yield Turn(slice(answered, until), slice(first, last))
-        answered = until
+        answered, first = until, last
     yield Turn(slice(answered, len(seen_until)), slice(len(label_times), len(label_times)))
 
 
@@ -83,6 +89,7 @@ def run(
     examples: Examples,
     every: int,
     tick_ms: int = 1,
+    period_ms: int = 0,
     progress: Progress | None = None,
     done: Callable[[Progress, int], None] = lambda progress, now: None,
 ) -> Floats:
@@ -92,6 +99,7 @@ def run(
     ----------
     examples : in the order in which their labels come
     every : labels a learner gets at a time; fewer at the end
+    period_ms : instead of so many, it gets all labels before each multiple of it, at that instant
     tick_ms : labels count from the end of their tick, as in a lockstep
     progress : where an earlier run stopped; the learner must be as it was then
     done : called after each turn with the progress and the newest label time (epoch ms)
@@ -99,14 +107,14 @@ def run(
     seen_until = examples.event_time // tick_ms * tick_ms
     order = np.lexsort((examples.request_id, examples.event_time))
     progress = progress or Progress(0, np.full(len(examples), np.nan, np.float32))
-    for i, turn in enumerate(turns(seen_until[order], examples.label_time, every)):
+    for i, turn in enumerate(turns(seen_until[order], examples.label_time, every, period_ms)):
         if i < progress.turns:
             continue
         rows = order[turn.asked]
         if len(rows):
             progress.scores[rows] = learner.score(examples.inputs.take(rows))
         new = examples.take(turn.labels)
-        if len(new):
+        if len(new) and turn.asked.stop < len(order):  # else nobody asks any more
             learner.update(new)
         progress.turns = i + 1
         done(progress, int(examples.label_time[turn.labels.stop - 1]))

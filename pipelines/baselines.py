@@ -128,15 +128,15 @@ class Refit:
 
     def snapshot(self) -> bytes:
         """The history; a restored learner fits the model again."""
-        out, width = io.BytesIO(), len(self.categories)
-        rows = np.concatenate(self.rows) if self.rows else np.empty((0, width), np.float32)
+        out = io.BytesIO()
+        rows = np.concatenate(self.rows) if self.rows else np.empty((0, 0), np.float32)
         label = np.concatenate(self.labels) if self.labels else np.empty(0, np.float32)
         np.savez(out, rows=rows, label=label, due=-1 if self.due is None else self.due, fitted=self.fitted)
         return out.getvalue()
 
     def restore(self, data: bytes) -> None:
         with np.load(io.BytesIO(data)) as state:
-            self.rows, self.labels = [state["rows"]], [state["label"]]
+            self.rows, self.labels = ([state["rows"]], [state["label"]]) if len(state["label"]) else ([], [])
             self.due = int(state["due"]) if state["due"] >= 0 else None
             self.fitted, self.model = int(state["fitted"]), None
         if self.fitted:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from features.errors import InputError
 from features.usecase import UseCase
 from pipelines import baselines
+from pipelines.job import Job
 from pipelines.learner import Learner
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
@@ -16,19 +18,28 @@ HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 
 @dataclass(frozen=True)
 class Context:
-    """What a learner is made for; `score_from` (epoch ms) is when it counts: by then it should have learned."""
+    """What a learner is made for.
+
+    score_from : when it counts (epoch ms): by then it should have learned
+    files, folder, train : of the one that retrains as live does; see `pipelines.retrain`
+    """
 
     use_case: UseCase
     score_from: int
+    files: tuple[str, ...] = ()
+    folder: Path = Path()
+    train: Callable[[Job, Path, int], object] | None = None  # with so many ranks
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of learner: its settings with their defaults, how it is made, and how many labels it gets at a time."""
+    """One kind of learner: its settings with their defaults, how it is made, and how many labels it gets at a time;
+    one that learns `at_cuts` gets those of a whole cut."""
 
     settings: Mapping[str, Any]
     make: Callable[[Context, Mapping[str, Any]], Learner]
     update_every: int = 256
+    at_cuts: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,14 @@ def _frozen() -> Kind:
     return Kind(online.settings, lambda context, s: baselines.Frozen(online.make(context, s), context.score_from))
 
 
+def _retrain(context: Context, settings: Mapping[str, Any]) -> Learner:
+    from pipelines.retrain import Retrain
+
+    train = context.train
+    assert train
+    return Retrain(context.use_case, context.files, context.folder, lambda job, at: train(job, at, settings["ranks"]))
+
+
 def _refit(batch: Callable[..., baselines.Batch], settings: dict[str, Any]) -> Kind:
     def make(context: Context, given: Mapping[str, Any]) -> Learner:
         case, every = context.use_case, given["every_days"] * DAY_MS
@@ -102,9 +121,10 @@ TREES = {"rounds": 400, "leaves": 31, "rate": 0.03, "seed": 0}
 KINDS: dict[str, Callable[[], Kind]] = {
     "online": _online,
     "frozen": _frozen,
+    "retrain": lambda: Kind({"ranks": 1}, _retrain, at_cuts=True),
     "lightgbm": lambda: _refit(baselines.lightgbm, TREES | {"least": 200, "columns": 0.3, "l2": 10.0}),
     "sklearn": lambda: _refit(baselines.sklearn_trees, TREES),
-    "river": lambda: Kind({"rate": 0.003, "l2": 0.0}, _river),
+    "river": lambda: Kind({"rate": 0.0002, "l2": 0.0}, _river),
     "rate": lambda: Kind({"hours": 24}, _rate, 16),
     "constant": lambda: Kind({}, lambda context, settings: baselines.Constant(context.use_case.prior), 16),
 }

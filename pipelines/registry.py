@@ -77,9 +77,15 @@ class Registry:
         return str(made.version)
 
     def log_run(
-        self, experiment: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path
+        self,
+        experiment: str,
+        params: Mapping[str, str],
+        metrics: Mapping[str, float],
+        folder: Path,
+        artifacts: str | None = None,
     ) -> tuple[str, str]:
-        """A finished run with parameters, metrics and the files of `folder`.
+        """A finished run with parameters, metrics and the files of `folder`; a new experiment's files go to the URL
+        `artifacts`, or where the server keeps them.
 
         Returns
         -------
@@ -89,7 +95,7 @@ class Registry:
 
         with self._answering():
             found = self._client.get_experiment_by_name(experiment)
-            number = found.experiment_id if found else self._client.create_experiment(experiment)
+            number = found.experiment_id if found else self._client.create_experiment(experiment, artifacts)
             run = self._client.create_run(number)
             logged = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
             given = [Param(key, value[:6000]) for key, value in params.items()]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from services.backtest_data import Made, Range
 from services.progress import Progress, iso
 from services.settings import Settings
 from services.source import source_of
+from services.train import code_version, run_job
 
 Result = dict[str, Any]
 SAVE_S = 60.0
-LEARNER_CODE = ("features/*.py", "pipelines/*.py")
+MS = timedelta(milliseconds=1)
+LEARNERS = ("archive", "backtest", "baselines", "learners", "net", "online", "retrain", "training", "trees")
+LEARNER_CODE = ("features/*.py", *(f"pipelines/{name}.py" for name in LEARNERS))
 FIRST_SCORED_MS = 31 * 86_400_000
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,18 @@ class Backtest:
         path.parent.mkdir(parents=True, exist_ok=True)
         say = self.progress("updates")
         say.line(f"learner {spec.text}")
-        learner = spec.make(Context(self.use_case, self.plan.score_from))
+        learner = spec.make(self.context(path.with_suffix("")))
         kept = Kept(path.with_suffix(".part"), self.plan.score_from, learner.snapshot, say)
         position = kept.resume(learner.restore)
-        scores = run(learner, self.examples, self._every(spec), self.plan.over.tick, position, kept.turned)
+        period = self.use_case.retrain_every // MS if spec.kind.at_cuts else 0
+        scores = run(learner, self.examples, self._every(spec), self.plan.over.tick, period, position, kept.turned)
         _save(path, scores=scores, seconds=kept.seconds)
         kept.path.unlink(missing_ok=True)
         return scores, kept.seconds
+
+    def context(self, folder: Path) -> Context:
+        """What learners of this backtest are made for; `folder` takes the files of one that has some."""
+        return Context(self.use_case, self.plan.score_from, self.made.files, folder, run_job)
 
     def _every(self, spec: Spec) -> int:
         return self.plan.update_every or spec.kind.update_every
@@ -242,15 +249,6 @@ def measured(examples: Examples, score: Any, parts: Mapping[str, Any]) -> Result
     return found | {n: comparison.quality(label[r], score[r]) for n, r in parts.items() if n != "all"}
 
 
-def code_version() -> str:
-    """The commit of this checkout, with + when it is changed; a hash of the code where there is no git."""
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return backtest_data.code_hash((*LEARNER_CODE, "services/*.py"))
-
-
 def _published(settings: Settings, test: Backtest, result: Result) -> Result:
     from services.backtest_page import page
 
@@ -276,9 +274,9 @@ def _logged(settings: Settings, test: Backtest, result: Result, folder: Path) ->
     for i, figures in enumerate(result["learners"].values()):
         metrics |= {f"learner_{i}_{k}": figures[k] for k in ("auc", "log_loss", "brier") if figures[k] is not None}
     local = f"sqlite:///{(test.home / 'mlflow.db').resolve()}"
-    for url in (settings.mlflow_url, local):
+    for url, artifacts in ((settings.mlflow_url, None), (local, (test.home / "mlruns").resolve().as_uri())):
         try:
-            _, run_id = Registry(url).log_run(f"{test.plan.use_case}_backtest", params, metrics, folder)
+            _, run_id = Registry(url).log_run(f"{test.plan.use_case}_backtest", params, metrics, folder, artifacts)
             return f"{run_id} at {url}"
         except UnavailableError:
             if url == local:

@@ -12,24 +12,22 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from features.usecase import UseCase, load
 from pipelines.broker import Broker
 from pipelines.checkpoint import listed_files
-from pipelines.job import Champion, Job, Recipe
+from pipelines.job import Champion, Job
 from pipelines.registry import Registry, Version
+from pipelines.retrain import make_job
 from services import wiring
 from services.progress import iso
 from services.ranks import run_ranks
 from services.settings import ROOT, Settings
 from services.topic_reader import Newest, read_all
 
-LONGEST_HOLDOUT = timedelta(days=1)
 MEASURES = ("log_loss", "auc", "champion_log_loss", "champion_auc")
-MS = timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def train(settings: Settings, name: str, ranks: int, timeline: Path | None = Non
         folder = home / f"{name}-{cut}"
         champion = _champion(registry, name, state, settings.home / "models" / name)
         job = _job(settings, use_case, broker, champion, cut, folder)
-        result = _run(job, folder, ranks, timeline)
+        result = run_job(job, folder, ranks, timeline)
         made = _register(registry, use_case, job, result)
         shutil.rmtree(folder)
     return made
@@ -112,19 +110,9 @@ def _job(
     settings: Settings, use_case: UseCase, broker: Broker, champion: Champion | None, cut: int, folder: Path
 ) -> Job:
     """The job of a cut; it starts from the champion where that is the same kind of net."""
-    job = Job(
-        files=tuple(listed_files(settings.state_url, use_case.name, "joiner", "examples", broker)),
-        inputs=use_case.inputs,
-        targets=tuple(use_case.label.targets),
-        result=str(folder / "result"),
-        cut=cut,
-        holdout=min(LONGEST_HOLDOUT, use_case.retrain_every) // MS,
-        champion=champion,
-        recipe=replace(Recipe.from_scratch(), compression=settings.train_compression),
-        seed=cut // 1000 % 2**31,
-    )
-    warm = replace(job, warm_start=True, recipe=replace(Recipe.warm(), compression=settings.train_compression))
-    return warm if champion and _declaration_of(champion) == warm.declaration else job
+    files = listed_files(settings.state_url, use_case.name, "joiner", "examples", broker)
+    job = make_job(use_case, files, champion, cut, folder)
+    return replace(job, recipe=replace(job.recipe, compression=settings.train_compression))
 
 
 def _champion(registry: Registry, name: str, state: dict[str, Any], models: Path) -> Champion | None:
@@ -136,11 +124,7 @@ def _champion(registry: Registry, name: str, state: dict[str, Any], models: Path
     return Champion(version, str(folder), int(state["versions"][version]["cut"]))
 
 
-def _declaration_of(champion: Champion) -> dict[str, Any]:
-    return dict(json.loads((Path(champion.folder) / "inputs.json").read_bytes()))
-
-
-def _run(job: Job, folder: Path, ranks: int, timeline: Path | None) -> dict[str, Any]:
+def run_job(job: Job, folder: Path, ranks: int, timeline: Path | None = None) -> dict[str, Any]:
     """Run the ranks, unless this very job has a complete result from before a crash."""
     file, done = folder / "job.json", Path(job.result) / "result.json"
     if done.exists() and Job.load(file) == job:

@@ -30,7 +30,9 @@ HOME_OF = {  # vendor -> the files that may know it
     "horovod": {"pipelines/training.py", "benchmarks/ranks.py"},
     "torch": {f"pipelines/{name}.py" for name in ("net", "training", "trees", "online", "compression")}
     | {"benchmarks/ranks.py"},
-    "sklearn": {"pipelines/trees.py", "services/audit.py"},
+    "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
+    "lightgbm": {"pipelines/baselines.py"},
+    "river": {"pipelines/baselines.py"},
     "fastapi": {"services/predictor.py"},
     "confluent_kafka": set(),
 }

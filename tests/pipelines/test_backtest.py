@@ -78,6 +78,17 @@ def test_scores_come_from_labels_before_the_request_or_its_tick(examples: Exampl
         assert scores[i] == (examples.label_time[20 * batches - 1] if batches else 0)
 
 
+def test_a_learner_that_gets_whole_periods_answers_from_each_instant_on(examples: Examples) -> None:
+    period, tick = 2 * 1440, 15  # minutes
+    learner = Newest()
+    scores = run(learner, examples, 0, tick, period)
+    for i in range(0, 1000, 37):
+        cut = examples.event_time[i] // tick * tick // period * period
+        before = examples.label_time[examples.label_time < cut]
+        assert scores[i] == (before[-1] if len(before) else 0)
+    assert 3 <= len(learner.sizes) <= 5
+
+
 def test_a_run_goes_on_where_it_was_stopped(examples: Examples) -> None:
     class Stopped(Exception):
         pass
@@ -92,8 +103,9 @@ def test_a_run_goes_on_where_it_was_stopped(examples: Examples) -> None:
     learner = Newest()
     with pytest.raises(Stopped):
         run(learner, examples, 20, done=stop)
-    assert np.array_equal(run(learner, examples, 20, progress=kept[0]), run(Newest(), examples, 20))
-    assert sum(learner.sizes) == 1000
+    whole = Newest()
+    assert np.array_equal(run(learner, examples, 20, progress=kept[0]), run(whole, examples, 20))
+    assert learner.sizes == whole.sizes
 
 
 def label(order: str, at: int) -> Applied:
