@@ -35,6 +35,7 @@ class Refresher(OnlineNet):
     """
 
     def __init__(self, folder: Path, memory: int = MEMORY) -> None:
+        torch.set_num_threads(1)  # the predictor beside it needs the others; batches are small
         declaration = json.loads((folder / "inputs.json").read_bytes())
         shape = {"members": declaration["members"], "hidden": tuple(declaration["hidden"])}
         recipe = replace(OnlineRecipe(), trees=declaration["trees"], memory=memory, refit=NEVER, **shape)
@@ -49,11 +50,11 @@ class Refresher(OnlineNet):
         """Have these replayed, without learning from them now."""
         self.replay.add(examples.inputs, np.column_stack([examples.label, examples.targets]))
 
-    def recent(self, rows: int) -> tuple[Inputs, Floats]:
-        """Inputs and labels [n] of the newest examples that are remembered, at most `rows`."""
+    def recent(self, rows: int) -> tuple[Inputs, Floats] | None:
+        """Inputs and labels [n] of the newest examples that are remembered, at most `rows`; None without any."""
         n = len(self.replay)
         if not n:
-            raise ValueError("nothing is remembered")
+            return None
         inputs, truth = self.replay.take(np.arange(max(0, n - rows), n))
         return inputs, truth[:, 0]
 

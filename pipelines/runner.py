@@ -213,7 +213,11 @@ class Runner:
         if self.ends is None:
             return False
         paused = {tp for owned in self.owned.values() for tp in owned.paused}
-        left = {tp for tp, end in self.ends.items() if self._task_of(tp[1]) in self.owned and self.consumer.position(tp) < end}
+        left = {
+            tp
+            for tp, end in self.ends.items()
+            if self._task_of(tp[1]) in self.owned and self.consumer.position(tp) < end
+        }
         if left and left <= paused:
             self.log.info("the rest waits for events of another topic", topics=sorted({topic for topic, _ in left}))
         return left <= paused

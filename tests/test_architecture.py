@@ -28,7 +28,7 @@ HOME_OF = {  # vendor -> the files that may know it
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
     "horovod": {"pipelines/training.py"},
-    "torch": {"pipelines/net.py", "pipelines/training.py", "pipelines/trees.py"},
+    "torch": {f"pipelines/{name}.py" for name in ("net", "online", "refresher", "training", "trees")},
     "sklearn": {"pipelines/trees.py", "services/audit.py"},
     "fastapi": {"services/predictor.py"},
     "confluent_kafka": set(),

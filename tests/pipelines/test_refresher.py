@@ -61,7 +61,8 @@ def test_an_attempt_that_is_undone_leaves_no_trace(version: Path, examples: Exam
     assert it.snapshot() != before and len(it.replay) == 900
     undo()
     assert it.snapshot() == before and len(it.replay) == known
-    assert it.recent(100)[1].tolist() == examples.label[200:300].tolist()
+    recent = it.recent(100)
+    assert recent and recent[1].tolist() == examples.label[200:300].tolist()
 
 
 def test_a_snapshot_and_the_same_memory_go_on_alike(version: Path, examples: Examples) -> None:
