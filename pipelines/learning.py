@@ -44,7 +44,6 @@ def examples_contract(use_case: UseCase) -> Contract:
             Field("score", float),
             Field("label", float),
             Field("label_time", "time"),
-            *(Field(name, float, optional=True) for name in use_case.label.targets),
         ),
         time="label_time",
         id="request_id",
@@ -55,11 +54,12 @@ def examples_contract(use_case: UseCase) -> Contract:
 
 
 class Row(NamedTuple):
-    """An example and where it is; `value` is the contract's struct."""
+    """An example and where it is; `value` is the contract's struct, `raw` the record's value with the targets."""
 
     partition: int
     offset: int
     value: Any
+    raw: bytes
 
 
 class Span(msgspec.Struct):
@@ -251,7 +251,7 @@ class Learning:
         self.told = (0, 0)  # learned and skipped, as the newest record has them
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
-        self.waiting += [Row(e.partition, e.record.offset, e.value) for e in events if e.record]
+        self.waiting += [Row(e.partition, e.record.offset, e.value, e.record.value or b"") for e in events if e.record]
         if watermark < self.state.due:
             return Outputs()
         first, self.state.due = self.state.due == 0, watermark - watermark % self.every + self.every
@@ -361,12 +361,15 @@ class Learning:
 
     def _examples(self, learner: Refreshable, rows: Sequence[Row]) -> Examples:
         """Rows as arrays."""
-        values = [row.value for row in rows]
-        targets = [[getattr(v, name, None) for name in learner.targets_named] for v in values]
+        values, names = [row.value for row in rows], learner.targets_named
+        fields = [(f"t{i}", float | None, None) for i in range(len(names))]
+        struct = msgspec.defstruct("Targets", fields, rename=dict(zip((f for f, *_ in fields), names, strict=True)))
+        decode = msgspec.json.Decoder(struct).decode
+        targets = [msgspec.structs.astuple(decode(row.raw)) for row in rows]
         return Examples(
             encode(learner.inputs, [v.features for v in values]),
             np.array([v.label for v in values], np.float32),
-            np.array(targets, np.float64).astype(np.float32).reshape(len(values), len(learner.targets_named)),
+            np.array(targets, np.float64).astype(np.float32).reshape(len(values), len(names)),
             np.array([v.event_time for v in values], np.int64),
             np.array([v.label_time for v in values], np.int64),
             np.array([v.request_id for v in values], object),

@@ -112,7 +112,7 @@ class Followed:
         if record.offset >= end or clock_of(record) is not None:
             return None
         try:
-            return Row(record.partition, record.offset, self.contract.decode(record.value))
+            return Row(record.partition, record.offset, self.contract.decode(record.value), record.value)
         except Invalid:
             return None
 

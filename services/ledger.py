@@ -44,7 +44,7 @@ def examples(broker: Broker, use_case: UseCase) -> list[Row]:
                 value = contract.decode(record.value)
             except Invalid:
                 continue
-            first.setdefault(value.request_id, Row(record.partition, record.offset, value))
+            first.setdefault(value.request_id, Row(record.partition, record.offset, value, record.value))
     return list(first.values())
 
 
