@@ -90,13 +90,14 @@ class Followed:
             consumer.seek(tp, offsets[tp[1]][0])
         try:
             rows: list[Row] = []
+            seen: set[str] = set()
             give_up = time.monotonic() + PATIENCE_S
             while left:
                 records = consumer.poll(0.2, CHUNK)
                 give_up = time.monotonic() + PATIENCE_S if records else give_up
                 if time.monotonic() > give_up:
                     raise UnavailableError(f"{topic}: no record for {PATIENCE_S:.0f} s before offsets {left}")
-                rows += [r for record in records if (r := self._row(record, left)) is not None]
+                rows += [r for record in records if (r := self._row(record, left, seen)) is not None]
                 done = [tp for tp, end in left.items() if consumer.position(tp) >= end]
                 consumer.pause(done)
                 left = {tp: end for tp, end in left.items() if tp not in done}
@@ -106,15 +107,19 @@ class Followed:
         finally:
             consumer.close()
 
-    def _row(self, record: Any, left: Mapping[tuple[str, int], int]) -> Row | None:
-        """The example of a record, or None: a clock, one the contract refuses, one behind the end."""
+    def _row(self, record: Any, left: Mapping[tuple[str, int], int], seen: set[str]) -> Row | None:
+        """The example of a record, or None: a clock, one the contract refuses, one behind the end, one seen before."""
         end = left.get((record.topic, record.partition), 0)
         if record.offset >= end or clock_of(record) is not None:
             return None
         try:
-            return Row(record.partition, record.offset, self.contract.decode(record.value), record.value)
+            value = self.contract.decode(record.value)
         except Invalid:
             return None
+        if value.request_id in seen:
+            return None
+        seen.add(value.request_id)
+        return Row(record.partition, record.offset, value, record.value)
 
 
 def learned_until(facts: Mapping[str, Any]) -> int:
