@@ -30,6 +30,7 @@ LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not 
 EXAMPLE_ROWS = 8
 CHUNK = 8192  # rows scored at a time
 EVENT_WIDTH = 16
+ALONE, HALVES = (1.0, 0.0, 0.0), (0.5, 0.5, 0.0)  # the say of members and trees, and a shift
 STEEPEST = 5.0  # largest logit of attention: no event is lost, and nothing overflows
 
 
@@ -106,8 +107,8 @@ class Linears(nn.Module):
 
 
 class Net(nn.Module):
-    """Scores from a model's inputs: the mean, in logit space, of some MLPs that share embeddings and normaliser, and
-    of boosted trees.
+    """Scores from a model's inputs: a blend, in logit space, of some MLPs that share embeddings and normaliser, and of
+    boosted trees.
 
     Parameters
     ----------
@@ -147,6 +148,8 @@ class Net(nn.Module):
             width = size
         self.body = nn.Sequential(*layers)
         self.head = Linears(members, width, 1 + targets)
+        self.register_buffer("blend", torch.tensor(ALONE))
+        self.blend: Tensor
         for last in (self.skip, self.head):  # random ones would be noise in every score until much has been learned
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -185,12 +188,20 @@ class Net(nn.Module):
         return logits
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """The label's logits [n]: the members' mean, and once there are trees the mean of that and theirs."""
-        members: Tensor = self.foretell(*tensors)[:, :, 0].mean(0)
-        if not self.trees.count:
-            return members
-        both: Tensor = members + self.trees.fitted * (self.trees(tensors[0]) - members) / 2
-        return both
+        """The label's logits [n]: the blend of the members' mean and, once there are any, the trees'."""
+        members, trees = self.parts(*tensors)
+        logits: Tensor = self.blend[0] * members + self.blend[1] * trees + self.blend[2]
+        return logits
+
+    def parts(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """What is blended: the members' mean logit [n], and the trees' logit [n]."""
+        members = self.foretell(*tensors)[:, :, 0].mean(0)
+        return members, self.trees(tensors[0]) if self.trees.count else torch.zeros_like(members)
+
+    def grow(self, inputs: Inputs, label: npt.NDArray[np.float32], seed: int) -> None:
+        """New trees from rows in time order and their labels [n]; the first ones get half of the say."""
+        if self.trees.fit(inputs.numbers, label, seed) and not self.blend[1]:
+            self.blend.copy_(torch.tensor(HALVES))
 
     def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Probabilities [n], without dropout or gradient; the net stays in the mode it was in."""

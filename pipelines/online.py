@@ -18,6 +18,7 @@ from pipelines.archive import Examples
 
 HALF_LIFE = 40_000  # examples after which half of the normaliser comes from newer ones
 LARGEST_NORM = 1.0
+TRUST = 100.0  # in the blend that trees and members start with, as many examples' worth
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,20 @@ class OnlineRecipe:
     replay : batches of earlier examples for each new one
     memory : the newest so many examples are replayed
     refit : examples after which the trees are grown anew
+    calibrate : the newest so many examples, as scored before they were learned, say how members and trees are blended
     """
 
     first: int = 2_000
     last_start: int = 32_000
     epochs: int = 3
     first_rate: float = 1e-3
-    rate: float = 2.5e-4
+    rate: float = 5e-4
     batch: int = 256
     replay: int = 4
     memory: int = 400_000
     refit: int = 20_000
-    weight_decay: float = 10.0
+    calibrate: int = 40_000
+    weight_decay: float = 0.1
     target_weight: float = 3.0
     members: int = 4
     hidden: tuple[int, ...] = (192, 96)
@@ -127,6 +130,7 @@ class OnlineNet:
         self.replay = Replay(self.recipe.memory)
         self.seen = self.started = self.grown = 0
         self.steps = 0
+        self.asked = np.empty((0, 3), np.float32)
         self._new_net()
 
     def score(self, inputs: Inputs) -> Floats:
@@ -148,6 +152,7 @@ class OnlineNet:
         if self.seen >= due and self.started < recipe.last_start:
             self._start()
         elif self.started:
+            self._calibrate(inputs, truth[:, 0])
             self.model.normalise(inputs, 1 - 0.5 ** (len(truth) / HALF_LIFE))
             self._step(inputs, truth, recipe.rate)
             for _ in range(recipe.replay):
@@ -174,8 +179,23 @@ class OnlineNet:
 
     def _grow(self) -> None:
         inputs, truth = self.replay.take(np.arange(len(self.replay)))
-        self.model.trees.fit(inputs.numbers, truth[:, 0], self.seed)
+        self.model.grow(inputs, truth[:, 0], self.seed)
         self.grown = self.seen
+
+    def _calibrate(self, inputs: Inputs, label: Floats) -> None:
+        """Blend members and trees as is best for the newest examples, none of which they had learned when asked:
+        logistic regression (Platt scaling with two scores), one Newton step at a time."""
+        self.model.eval()
+        with torch.no_grad():
+            asked = torch.stack([*self.model.parts(*self.model.tensors(inputs)), torch.from_numpy(label)], 1)
+        self.asked = np.concatenate([self.asked, asked.numpy()])[-self.recipe.calibrate :]
+        x, y = np.column_stack([self.asked[:, :2], np.ones(len(self.asked))]).astype(np.float64), self.asked[:, 2]
+        prior = np.array(net.HALVES if self.model.trees.count else net.ALONE)
+        blend = self.model.blend.double().numpy()
+        p = 1 / (1 + np.exp(-x @ blend))
+        slope = x.T @ (p - y) + TRUST * (blend - prior)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + TRUST * np.eye(3)
+        self.model.blend.copy_(torch.from_numpy(blend - np.linalg.solve(curvature, slope)))
 
     def _new_net(self) -> None:
         recipe = self.recipe
@@ -205,7 +225,7 @@ class OnlineNet:
         counters = {"seen": self.seen, "started": self.started, "grown": self.grown, "steps": self.steps}
         replay = {name: torch.from_numpy(array) for name, array in self.replay.arrays().items()}
         state = {"net": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "replay": replay}
-        torch.save(state | counters, out)
+        torch.save(state | counters | {"asked": torch.from_numpy(self.asked)}, out)
         return out.getvalue()
 
     def restore(self, data: bytes) -> None:
@@ -214,4 +234,5 @@ class OnlineNet:
         self.model.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.replay.restore({name: tensor.numpy() for name, tensor in state["replay"].items()})
+        self.asked = state["asked"].numpy()
         self.seen, self.started, self.grown, self.steps = (state[n] for n in ("seen", "started", "grown", "steps"))

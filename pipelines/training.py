@@ -150,8 +150,8 @@ class Worker:
         trees = self.model.trees
         if hvd.rank() == 0 and trees.count:
             say(f"{trees.count} trees of {len(examples):,} examples")
-            trees.fit(examples.inputs.numbers, examples.label, self.job.seed)
-        hvd.broadcast_parameters(trees.state_dict(), root_rank=0)
+            self.model.grow(examples.inputs, examples.label, self.job.seed)
+        hvd.broadcast_parameters(trees.state_dict() | {"blend": self.model.blend}, root_rank=0)
 
     def _step(self, share: Share, rate: float) -> None:
         """One update by the mean gradient over the rows that count, of all ranks."""

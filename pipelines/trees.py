@@ -15,7 +15,7 @@ MOST_ROWS = 100_000  # the newest: a rank waits for another one only so long
 
 
 class Trees(nn.Module):
-    """Logits of boosted trees of depth 3, in heap order; `fitted` is 0 until there are any.
+    """Logits of boosted trees of depth 3, in heap order; 0 until there are any.
 
     Parameters
     ----------
@@ -32,13 +32,11 @@ class Trees(nn.Module):
         )  # 0 or 1: Horovod and ONNX Runtime know few bools
         self.register_buffer("leaf", torch.zeros(LEAVES, trees))
         self.register_buffer("base", torch.zeros(()))
-        self.register_buffer("fitted", torch.zeros(()))
         self.feature: Tensor
         self.threshold: Tensor
         self.missing_left: Tensor
         self.leaf: Tensor
         self.base: Tensor
-        self.fitted: Tensor
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Logits [n] of numbers [n, F], NaN allowed."""
@@ -52,13 +50,14 @@ class Trees(nn.Module):
         left = (x <= self.threshold[node]) | (torch.isnan(x) & (self.missing_left[node] > 0.5))
         return torch.where(left, self._value(numbers, 2 * node + 1), self._value(numbers, 2 * node + 2))
 
-    def fit(self, numbers: npt.NDArray[np.float32], label: npt.NDArray[np.float32], seed: int) -> None:
-        """Learn anew from rows [n, F] in time order and their labels [n]; too few rows, or one class, teach nothing."""
+    def fit(self, numbers: npt.NDArray[np.float32], label: npt.NDArray[np.float32], seed: int) -> bool:
+        """Learn anew from rows [n, F] in time order and their labels [n]; too few rows, or one class, teach nothing:
+        then the answer is False."""
         from sklearn.ensemble import HistGradientBoostingClassifier
 
         numbers, wanted = numbers[-MOST_ROWS:], label[-MOST_ROWS:] > 0.5
         if not self.count or len(numbers) < LEAST_ROWS or len(np.unique(wanted)) < 2:
-            return
+            return False
         model = HistGradientBoostingClassifier(
             max_iter=self.count,
             learning_rate=REACH / self.count,
@@ -74,7 +73,7 @@ class Trees(nn.Module):
         self.base.fill_(float(model._baseline_prediction.item()))
         for tree, (predictor,) in enumerate(model._predictors):
             self._take(predictor.nodes, 0, tree, 0)
-        self.fitted.fill_(1.0)
+        return True
 
     def _take(self, nodes: npt.NDArray[np.void], at: int, tree: int, place: int) -> None:
         """Copy the subtree at scikit-learn's node `at` to `place`; a leaf above the deepest level fills all below."""

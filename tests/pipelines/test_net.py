@@ -86,7 +86,7 @@ def test_trees_have_half_a_say_once_there_are_any(tmp_path: Path) -> None:
     model = fitted().eval()
     inputs = example(2000)
     numbers, members = inputs.numbers, model.score(inputs)
-    model.trees.fit(numbers, (np.nan_to_num(numbers[:, 0]) > 0.5).astype(np.float32), seed=0)
+    model.grow(inputs, (np.nan_to_num(numbers[:, 0]) > 0.5).astype(np.float32), seed=0)
     logit = (np.log(members / (1 - members)) + model.trees(torch.from_numpy(numbers)).numpy()) / 2
     assert model.score(inputs) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-5)
     assert np.abs(model.score(inputs) - members).max() > 0.2

@@ -58,5 +58,5 @@ def test_too_few_rows_or_one_class_teach_nothing() -> None:
     numbers, label = rows(2000)
     for n, labels in ((100, label), (2000, np.ones_like(label))):
         trees = Trees(5)
-        trees.fit(numbers[:n], labels[:n], seed=0)
-        assert trees.fitted == 0 and not trees(torch.from_numpy(numbers)).any()
+        assert not trees.fit(numbers[:n], labels[:n], seed=0)
+        assert not trees(torch.from_numpy(numbers)).any()
