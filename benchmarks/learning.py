@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import msgspec
 import numpy as np
+import psutil
 
 from benchmarks.rig import process, quantile_ms, rig, say
 from features.errors import UnavailableError
@@ -49,18 +50,17 @@ def bench(seconds: int, rate: int, kills: int = 0) -> dict[str, Any]:
         version = first_version(settings)
         before = registry(settings)
         say(f"version {version} serves; {rate} labels/s for {seconds} s, {kills} kills")
-        load, killed = Load(settings, rate), 0
-        with killing(settings, kills, seconds) as kill_times:
+        load = Load(settings, rate)
+        with killing(settings, kills, seconds) as killed:
             load.run(seconds)
-        killed = len(kill_times)
         load.settle()
-        checked = ledger.check(wiring.broker(settings), use_case)
-        figures = measured(settings, load, version)
+        checked = ledger.check(wiring.broker(settings), use_case) or {"ok": False, "detail": "nothing was learned"}
+        figures = measured(settings, load, version) | {"learner_mb": memory_mb(settings)}
         after = registry(settings)
     return {
         "labels": len(load.labelled),
         **figures,
-        "kills": killed,
+        "kills": len(killed),
         "ledger": checked["detail"],
         "ledger_is_exact": checked["ok"],
         "registry_before": before,
@@ -249,6 +249,12 @@ def killing(settings: Settings, kills: int, seconds: float) -> Iterator[list[flo
     finally:
         stop.set()
         thread.join()
+
+
+def memory_mb(settings: Settings) -> int:
+    """Resident memory of the learner."""
+    pid = stack.status(settings)["services"][f"learner-{NAME}"]["pid"]
+    return round(psutil.Process(pid).memory_info().rss / 1e6)
 
 
 def registry(settings: Settings) -> dict[str, Any]:

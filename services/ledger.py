@@ -18,8 +18,8 @@ from services.topic_reader import Newest, read_all
 TITLE = "every label is learned or skipped, once"
 
 
-def check(broker: Broker, use_case: UseCase) -> dict[str, Any]:
-    """The champion's ledger beside `<uc>.examples`, up to where it says it is."""
+def check(broker: Broker, use_case: UseCase) -> dict[str, Any] | None:
+    """The champion's ledger beside `<uc>.examples`, up to where it says it is; None when nothing was refreshed."""
     models = Newest(broker, use_case.topic("models"))
     found = models.read()
     models.close()
@@ -27,7 +27,7 @@ def check(broker: Broker, use_case: UseCase) -> dict[str, Any]:
     version = state["roles"]["champion"] if state else None
     raw = found.get(f"{REFRESH_KEY}{version}".encode())
     if not state or raw is None:
-        return verdict(TITLE, True, "nothing is refreshed yet")
+        return None
     refresh = msgspec.convert(raw, Refresh, strict=False)
     if len(refresh.spans) >= SPANS_KEPT:
         return verdict(TITLE, True, f"not checked: the ledger keeps its newest {SPANS_KEPT} spans")
