@@ -12,9 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +37,20 @@ NAME = use_case.name
 SERVICES = ("featurizer+joiner", "predictor", "control", "learner")
 LANDS_S = 2.0  # after it was asked for
 BATCH_S = 0.1
-SETTLE_S = 60.0
+SETTLE_S = 180.0
+MOMENTS_S = 6.0
 HOUR = 3_600_000
 encode_json = msgspec.json.Encoder().encode
 
 
 def bench(seconds: int, rate: int, kills: int = 0) -> dict[str, Any]:
-    """Labels at `rate` a second for `seconds`; the learner is killed (-9) `kills` times on the way."""
+    """Labels at `rate` a second for `seconds`, and until the learner has been killed (-9) `kills` times."""
     with rig(use_case, [f"{name}-{NAME}" for name in SERVICES]) as settings:
         version = first_version(settings)
         before = registry(settings)
         say(f"version {version} serves; {rate} labels/s for {seconds} s, {kills} kills")
-        load = Load(settings, rate)
-        with killing(settings, kills, seconds) as killed:
-            load.run(seconds)
+        load, killer = Load(settings, rate), Killer(settings, kills)
+        load.run(seconds, killer.works)
         load.settle()
         checked = ledger.check(wiring.broker(settings), use_case) or {"ok": False, "detail": "nothing was learned"}
         figures = measured(settings, load, version) | {"learner_mb": memory_mb(settings)}
@@ -60,7 +58,7 @@ def bench(seconds: int, rate: int, kills: int = 0) -> dict[str, Any]:
     return {
         "labels": len(load.labelled),
         **figures,
-        "kills": len(killed),
+        "kills": kills - killer.left,
         "ledger": checked["detail"],
         "ledger_is_exact": checked["ok"],
         "registry_before": before,
@@ -131,12 +129,12 @@ class Load:
         self.producer = wiring.broker(settings).producer()
         self.client = httpx.Client(base_url=settings.predictor_url, timeout=30)
 
-    def run(self, seconds: float) -> None:
-        """Ask and land for so long."""
+    def run(self, seconds: float, more: Callable[[], bool]) -> None:
+        """Ask and land for so long, and while there is more to come."""
         began = time.monotonic()
         waiting: list[tuple[float, int]] = []
-        while (now := time.monotonic()) < began + seconds:
-            due = min(int((now - began) * self.rate), round(seconds * self.rate)) - self.number
+        while (now := time.monotonic()) < began + seconds or more():
+            due = int((now - began) * self.rate) - self.number
             if due > 0:
                 waiting.append((now + LANDS_S, self._ask(due)))
             while waiting and waiting[0][0] <= now:
@@ -224,31 +222,26 @@ def measured(settings: Settings, load: Load, version: str) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def killing(settings: Settings, kills: int, seconds: float) -> Iterator[list[float]]:
-    """Kill the learner at random moments of the block, each time it runs again."""
-    rng, stop, done = random.Random(1), threading.Event(), list[float]()
-    moments = sorted(rng.uniform(0.05, 0.95) * seconds for _ in range(kills))
-    began = time.monotonic()
+class Killer:
+    """Kills the learner (-9), so many times: each time a random moment after its first refresh, training or not."""
 
-    def work() -> None:
-        killed = Counter[int]()
-        for moment in moments:
-            while not stop.wait(max(0.0, began + moment - time.monotonic()) or 0.1):
-                service = stack.status(settings)["services"][f"learner-{NAME}"]
-                if service["pid"] and not killed[service["pid"]]:
-                    os.kill(service["pid"], signal.SIGKILL)
-                    killed[service["pid"]] += 1
-                    done.append(time.time())
-                    break
+    def __init__(self, settings: Settings, kills: int) -> None:
+        self.settings, self.left, self.random = settings, kills, random.Random(1)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield done
-    finally:
-        stop.set()
-        thread.join()
+    def _work(self) -> None:
+        told = 0
+        while self.left:
+            until(lambda: (newest_refresh(self.settings) or Refresh("")).number > told, "a refresh")
+            time.sleep(self.random.uniform(0, MOMENTS_S))
+            os.kill(stack.status(self.settings)["services"][f"learner-{NAME}"]["pid"], signal.SIGKILL)
+            told, self.left = (newest_refresh(self.settings) or Refresh("")).number, self.left - 1
+            say(f"killed after refresh {told}, {self.left} left")
+
+    def works(self) -> bool:
+        """Whether there are kills to come; false, too, when it gave up."""
+        return self.thread.is_alive()
 
 
 def memory_mb(settings: Settings) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from features.errors import InputError
 from features.inputs import Inputs
 from features.usecase import ModelInputs
 from pipelines.onnx_model import input_names, record_example
@@ -261,7 +262,7 @@ def export(net: Net, folder: Path, declaration: Mapping[str, Any], inputs: Input
     declared, example = ModelInputs.from_json(declaration), inputs.take(slice(EXAMPLE_ROWS))
     recorded = record_example(declared, example, net.score(example))
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "model.onnx", graph(net, declared, example))
+    write(folder / "model.onnx", refreshed(template(net, declared, example), net))
     save_weights(net.state_dict(), folder)
     write(folder / "inputs.json", json.dumps(declaration).encode())
     write(folder / "example.json", json.dumps(recorded).encode())
@@ -288,7 +289,7 @@ def graph(net: Net, declared: ModelInputs, example: Inputs) -> bytes:
 
 
 def template(net: Net, declared: ModelInputs, example: Inputs) -> bytes:
-    """A graph for `refreshed`, made of other weights than the net's: the exporter merges those that are equal now."""
+    """A graph for `refreshed`, made of other weights than the net's: the exporter merges those that are equal."""
     other = copy.deepcopy(net).cpu().eval()
     with torch.no_grad():
         for weight in other.state_dict().values():
@@ -298,8 +299,11 @@ def template(net: Net, declared: ModelInputs, example: Inputs) -> bytes:
 
 
 def refreshed(template: bytes, net: Net) -> bytes:
-    """The graph with the net's weights as they are now: some milliseconds where an export takes 100."""
+    """A graph of the same kind of net, a version's own say, with this one's weights: some milliseconds where an export
+    takes 100. InputError when it is of another kind."""
     model, weights = onnx.load_from_string(template), net.state_dict()
+    if unknown := {t.name for t in model.graph.initializer} - {f"net.{name}" for name in weights}:
+        raise InputError(f"a graph with {min(unknown)} is no net of this program's: train a version anew")
     for tensor in model.graph.initializer:
         values = weights[tensor.name.removeprefix("net.")].cpu().numpy()
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))

