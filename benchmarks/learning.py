@@ -153,7 +153,7 @@ class Load:
 
         until(done, "the last label to be learned")
         until(
-            lambda: self._ask(1) > 0 and self.answers[-1][2] >= (newest_refresh(self.settings) or Refresh("")).number,
+            lambda: self._ask(1) > 0 and self.answers[-1][2] >= number(self.settings),
             "the last refresh to answer",
         )
 
@@ -183,6 +183,12 @@ def newest_refresh(settings: Settings) -> Refresh | None:
     """The newest refresh record."""
     records = list(refreshes(settings))
     return records[-1] if records else None
+
+
+def number(settings: Settings) -> int:
+    """The newest refresh's number; 0 without any."""
+    newest = newest_refresh(settings)
+    return newest.number if newest else 0
 
 
 def refreshes(settings: Settings) -> Iterator[Refresh]:
@@ -227,17 +233,20 @@ class Killer:
 
     def __init__(self, settings: Settings, kills: int) -> None:
         self.settings, self.left, self.random = settings, kills, random.Random(1)
+        self.number = 0
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
-        told = 0
         while self.left:
-            until(lambda: (newest_refresh(self.settings) or Refresh("")).number > told, "a refresh")
+            until(self._refreshed, "a refresh")
             time.sleep(self.random.uniform(0, MOMENTS_S))
             os.kill(stack.status(self.settings)["services"][f"learner-{NAME}"]["pid"], signal.SIGKILL)
-            told, self.left = (newest_refresh(self.settings) or Refresh("")).number, self.left - 1
-            say(f"killed after refresh {told}, {self.left} left")
+            self.number, self.left = number(self.settings), self.left - 1
+            say(f"killed after refresh {self.number}, {self.left} left")
+
+    def _refreshed(self) -> bool:
+        return number(self.settings) > self.number
 
     def works(self) -> bool:
         """Whether there are kills to come; false, too, when it gave up."""

@@ -93,10 +93,10 @@ def process(
         child.wait(60)
 
 
-def measured(command: Sequence[str], settings: Settings | None = None) -> dict[str, Any]:
-    """The JSON object that a child on one core prints as its last line."""
+def measured(command: Sequence[str], settings: Settings | None = None, all_cores: bool = False) -> dict[str, Any]:
+    """The JSON object that a child, on one core unless it needs all, prints as its last line."""
     env = child_env(settings) if settings else os.environ
-    with process(command, env, core(), stdout=subprocess.PIPE) as child:
+    with process(command, env, None if all_cores else core(), stdout=subprocess.PIPE) as child:
         output = child.communicate()[0]
     if child.returncode:
         raise UnavailableError(f"{' '.join(command[1:])} ended with code {child.returncode}; its messages are above")

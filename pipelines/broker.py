@@ -50,9 +50,9 @@ class Position:
     metadata: str = ""
 
 
-def clock_message(topic: str, partition: int, time: int) -> Message:
+def clock_message(topic: str, partition: int, time: int, headers: Headers = ()) -> Message:
     """The record that says: nothing earlier than `time` (epoch ms) follows on this partition."""
-    return Message(topic, None, CLOCK_KEY, partition, ((CLOCK_HEADER, str(time).encode()),), time)
+    return Message(topic, None, CLOCK_KEY, partition, ((CLOCK_HEADER, str(time).encode()), *headers), time)
 
 
 def clock_of(record: Record) -> int | None:
@@ -104,6 +104,18 @@ class Producer(Protocol):
         """One transaction with every message sent since the last commit and these positions of `consumer`'s group.
 
         Raises FencedError when another producer with this transactional id has taken over.
+        """
+
+    def settle(
+        self,
+        partitions: Sequence[TopicPartition],
+        positions: Mapping[TopicPartition, Position],
+        consumer: Consumer,
+        *,
+        committed: bool,
+    ) -> None:
+        """End what a predecessor's transaction may have left open on these partitions and positions, as `committed`
+        or as aborted, with a transaction of nothing but the positions: a broker that was killed can have lost its end.
         """
 
     def close(self) -> None: ...

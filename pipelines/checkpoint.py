@@ -9,8 +9,10 @@ table files it vouches for: readers and the next owner ignore every other file.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,10 +23,12 @@ from fsspec.core import url_to_fs
 
 from features.errors import StateError
 from features.windows import pack, unpack
-from pipelines.broker import Broker
+from pipelines.broker import Broker, Position, Record, TopicPartition
 from pipelines.step import Step
 
 FORMAT = 2
+COMMIT_HEADER = "commit"
+Positions = Mapping[TopicPartition, Position]
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,10 @@ class Checkpoints:
 
     def _name(self) -> str:
         return f"{self.number:010d}-{self.owner}"
+
+    def has(self, name: str) -> bool:
+        """Whether there is a snapshot of that name."""
+        return bool(self.fs.exists(self._path(name)))
 
     def read(self, name: str) -> Loaded:
         """The snapshot of that name."""
@@ -227,6 +235,38 @@ def parse_metadata(metadata: str) -> Committed:
     if not name or not watermark.isdigit():
         raise StateError(f"committed offsets carry {metadata!r}, not a snapshot: another program commits to this group")
     return Committed(name, int(watermark), tuple(unserved))
+
+
+def newest_of(positions: Positions) -> Committed | None:
+    """The commit that these positions are of."""
+    return max((parse_metadata(p.metadata) for p in positions.values()), default=None)
+
+
+def commit_header(positions: Positions) -> tuple[str, bytes]:
+    """What tells on an output partition, in the same transaction, what the commit's positions are."""
+    told = [[topic, partition, p.offset, p.metadata] for (topic, partition), p in positions.items()]
+    return COMMIT_HEADER, json.dumps(told).encode()
+
+
+def _told(record: Record) -> dict[TopicPartition, Position]:
+    told: list[list[Any]] = next((json.loads(v) for name, v in record.headers if name == COMMIT_HEADER), [])
+    return {(topic, partition): Position(offset, metadata) for topic, partition, offset, metadata in told}
+
+
+def told_positions(broker: Broker, output: TopicPartition) -> dict[TopicPartition, Position]:
+    """The positions of the newest commit that can be read on an output partition; none without any."""
+    with closing(broker.consumer([output[0]])) as consumer:
+        consumer.pause([tp for tp in consumer.assignment() if tp != output])
+        end, back = consumer.end_offsets([output])[output], 1_000
+        while True:
+            consumer.seek(output, max(0, end - back))
+            told: dict[TopicPartition, Position] = {}
+            while consumer.position(output) < end:
+                for record in consumer.poll(0.2):
+                    told = _told(record) or told
+            if told or back >= end:
+                return told
+            back *= 10
 
 
 def committed_of(broker: Broker, group: str) -> dict[int, Committed]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from features.errors import ConfigError
 from features.usecase import ModelInputs
 
 
@@ -22,6 +24,7 @@ class Recipe:
     warm_up : part of a pass in which the rate rises
     target_weight : of the mean loss on the other targets, beside the label's
     members, hidden, trees : the net's shape
+    compression : of what ranks send each other: none, fp16 or powersgd:RANK
     """
 
     epochs: int = 3
@@ -34,6 +37,13 @@ class Recipe:
     members: int = 4
     hidden: tuple[int, ...] = (192, 96)
     trees: int = 200
+    compression: str = "none"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"none|fp16|powersgd:[1-9]\d*", self.compression):
+            raise ConfigError(
+                f"compression {self.compression!r}: write none, fp16 or powersgd:RANK, such as powersgd:4"
+            )
 
     @classmethod
     def from_scratch(cls) -> Recipe:

@@ -82,7 +82,7 @@ class Joiner:
         predictions = predictions_contract(use_case)
         labels = {topic: c for topic, c in use_case.event_topics.items() if c.name == self.label.event}
         self.inputs: dict[str, Contract] = {predictions.topic: predictions, **labels}
-        self.outputs = (self.examples_topic,)  # every record of the cuts topic wakes Airflow: it carries no clocks
+        self.outputs = (self.examples_topic, self.cuts_topic)  # a record of the second wakes Airflow: no clocks there
         self.pending: dict[str, bytes] = {}
         self.labels: dict[str, tuple[Truth, int]] = {}
         self.expired: dict[str, int] = {}

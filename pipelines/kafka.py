@@ -30,7 +30,7 @@ SESSION_MS, HEARTBEAT_MS, POLL_INTERVAL_MS = 6_000, 1_500, 3_600_000
 JOIN_MS = 3_000  # how long a poll waits for a rebalance; the client forgets one that ends between two polls
 FETCH_WAIT_MS = 250  # a resumed partition joins the next fetch, so it waits this long at most; records end the wait
 TRANSACTION_MS = 10_000
-SETTLE_S = 1.5 * TRANSACTION_MS / 1000  # past it the broker has ended every transaction that a fenced owner left open
+SETTLE_S = 1.5 * TRANSACTION_MS / 1000  # past it a transaction that a fenced owner left open never ends by itself
 RETRY_BACKOFF_MS = 20
 MAX_METADATA_BYTES = 4_096  # the broker's offset.metadata.max.bytes; more is fatal to a producer
 MAX_RECORD_BYTES = 1_048_576
@@ -370,13 +370,9 @@ class _Consumer:
             with _translated("committed positions"):
                 found = {p: self._stable(p, deadline) for p in partitions}
         except UnavailableError:
-            # A broker that is killed can leave a transaction on the offsets that its coordinator knows nothing of: they
-            # count as undecided for ever, until the owner's next commit. What is decided can be read all the same.
-            # If its records were committed, the owner writes them once more: said here, as nothing else shows it.
-            log.warning(
-                "a killed broker left offsets undecided: a transaction's records may come twice",
-                topics=sorted({t for t, _ in partitions}),
-            )
+            # A broker that is killed can lose a transaction's end on some of its partitions. Where it lost it on the
+            # offsets, they are undecided until `settle`; what is decided can be read all the same.
+            log.warning("a killed broker left offsets undecided", topics=sorted({t for t, _ in partitions}))
             committed = self._all_committed()
             return {p: committed[p] for p in partitions if p in committed}
         return {p: Position(o.offset, o.metadata or "") for p, o in found.items() if o is not None and o.offset >= 0}
@@ -434,15 +430,33 @@ class _Producer:
     def commit(self, positions: Mapping[Partition, Position], consumer: Consumer) -> None:
         if self._transactional_id is None:
             raise ConfigError("a commit needs a producer with a transactional id")
-        offsets = {TopicPartition(*p): OffsetAndMetadata(o.offset, o.metadata, -1) for p, o in positions.items()}
         if any(len(o.metadata.encode()) > MAX_METADATA_BYTES for o in positions.values()):
             raise InputError(f"a position's metadata is over {MAX_METADATA_BYTES} bytes")
         with _translated("commit", self._kafka):
-            if offsets:
-                self._begin()
-                self._wait(lambda manager: manager.send_offsets_to_transaction(offsets, _membership(consumer)))
+            self._send_positions(positions, consumer)
             if self._open:
                 self._wait(lambda manager: manager.begin_commit())
+        self._open = False
+
+    def _send_positions(self, positions: Mapping[Partition, Position], consumer: Consumer) -> None:
+        offsets = {TopicPartition(*p): OffsetAndMetadata(o.offset, o.metadata, -1) for p, o in positions.items()}
+        if offsets:
+            self._begin()
+            self._wait(lambda manager: manager.send_offsets_to_transaction(offsets, _membership(consumer)))
+
+    def settle(
+        self,
+        partitions: Sequence[Partition],
+        positions: Mapping[Partition, Position],
+        consumer: Consumer,
+        *,
+        committed: bool,
+    ) -> None:
+        with _translated("settle", self._kafka):
+            self._begin()
+            self._wait(lambda manager: _joined(manager, partitions))
+            self._send_positions(positions, consumer)
+            self._wait(lambda manager: manager.begin_commit() if committed else manager.begin_abort())
         self._open = False
 
     def _wait(self, request: Callable[[Any], Any]) -> None:
@@ -454,6 +468,16 @@ class _Producer:
 
     def close(self) -> None:
         self._kafka.close(timeout=2)
+
+
+def _joined(manager: Any, partitions: Sequence[Partition]) -> Any:
+    """Partitions become part of a transaction without a record: its end is written to them all the same."""
+    with manager._lock:
+        for partition in partitions:
+            manager.maybe_add_partition_to_transaction(TopicPartition(*partition))
+        request = manager._add_partitions_to_transaction_handler()
+        manager._enqueue_request(request)
+    return request.result
 
 
 def _membership(consumer: Consumer) -> Any:

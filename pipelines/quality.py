@@ -1,4 +1,4 @@
-"""How good scores are: log loss, AUC and the paired difference by block of time."""
+"""How good scores are: log loss, Brier score, AUC and the paired difference by block of time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def losses(label: Floats, score: Floats) -> Floats:
 def log_loss(label: Floats, score: Floats) -> float:
     """Mean log loss in nats."""
     return float(losses(label, score).mean())
+
+
+def brier(label: Floats, score: Floats) -> float:
+    """Mean squared distance between score and label."""
+    return float(np.mean((np.asarray(score, np.float64) - label) ** 2))
 
 
 def auc(label: Floats, score: Floats) -> float | None:

@@ -77,6 +77,28 @@ class Registry:
             made = self._client.create_model_version(name, source, run.info.run_id, tags=dict(tags))
         return str(made.version)
 
+    def log_run(
+        self, experiment: str, params: Mapping[str, str], metrics: Mapping[str, float], folder: Path
+    ) -> tuple[str, str]:
+        """A finished run with parameters, metrics and the files of `folder`.
+
+        Returns
+        -------
+        the numbers of its experiment and of the run
+        """
+        from mlflow.entities import Metric, Param
+
+        with self._answering():
+            found = self._client.get_experiment_by_name(experiment)
+            number = found.experiment_id if found else self._client.create_experiment(experiment)
+            run = self._client.create_run(number)
+            logged = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
+            given = [Param(key, value[:6000]) for key, value in params.items()]
+            self._client.log_batch(run.info.run_id, metrics=logged, params=given)
+            self._client.log_artifacts(run.info.run_id, str(folder))
+            self._client.set_terminated(run.info.run_id)
+        return str(number), str(run.info.run_id)
+
     def _create_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
 

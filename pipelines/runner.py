@@ -2,7 +2,8 @@
 
 A commit is, in this order: online rows acknowledged, closed table files written, snapshot written, one Kafka
 transaction with the outputs, the input positions and ``<snapshot>:<watermark ms>`` as their metadata. Killed anywhere,
-the next owner loads the snapshot that the positions name and goes on: nothing is lost or doubled.
+the next owner loads the snapshot that the positions name and goes on: nothing is lost or doubled. The clock record on
+the output tells the positions too, so that a broker which was killed and lost one of the two is seen through.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ import structlog
 from features.errors import StateError
 from features.usecase import UseCase
 from pipelines.broker import Broker, Consumer, Message, Position, Producer, Record, TopicPartition, clock_message
-from pipelines.checkpoint import Checkpoints, Committed, Plan, parse_metadata
+from pipelines.checkpoint import (
+    Checkpoints,
+    Committed,
+    Plan,
+    Positions,
+    commit_header,
+    newest_of,
+    told_positions,
+)
 from pipelines.intake import Refused
 from pipelines.step import Rows, Step
 from pipelines.task import Produced, Task, pack_call
@@ -87,7 +96,6 @@ class Owned:
     producer: Producer
     files: list[str]
     unserved: tuple[str, ...] = ()
-    committed_watermark: int = 0
     newest_read: float = field(default_factory=time.monotonic)
     advanced: float = 0.0
     asked: float = 0.0
@@ -349,21 +357,21 @@ class Runner:
         for path, data in produced.files.items():
             checkpoints.write_file(path, data)
         owned.files = [f for f in (*owned.files, *closed, *produced.files) if f not in produced.forget]
-        rebased = self.whole or checkpoints.wants_base
-        if rebased:
+        if self.whole or checkpoints.wants_base:
             name = checkpoints.save_base(Plan.of(owned.task.step), owned.task.snapshot(), owned.files)
         else:
             name = checkpoints.save_delta(owned.calls, closed)
         watermark = owned.task.watermark
-        messages = produced.messages + [self._rejected(r) for r in produced.refused if self.rejects]
-        if watermark > owned.committed_watermark:
-            messages += [clock_message(topic, i, watermark) for topic in self.outputs]
-        owned.producer.send(messages)
         metadata = str(Committed(name, watermark, owned.unserved))
         positions = {tp: Position(self.consumer.position(tp), metadata) for tp in self._inputs(i)}
+        messages = produced.messages + [self._rejected(r) for r in produced.refused if self.rejects]
+        messages += [clock_message(topic, i, watermark, (commit_header(positions),)) for topic in self.outputs[:1]]
+        owned.producer.send(messages)
         owned.producer.commit(positions, self.consumer)
-        if rebased:
-            checkpoints.clean_snapshots(checkpoints.number)
+        if self.whole:
+            checkpoints.clean_snapshots(checkpoints.number - 1)
+        elif checkpoints.number == checkpoints.base + 1:  # the base is sure by now: a commit has followed its own
+            checkpoints.clean_snapshots(checkpoints.base)
         checkpoints.remove(produced.forget)
         owned.kept = (name, positions)
         if self.on_commit and messages:
@@ -380,7 +388,7 @@ class Runner:
 
     def _committed(self, owned: Owned, watermark: int) -> None:
         owned.calls, owned.produced, owned.records, owned.size, owned.eventful = [], Produced(), 0, 0, False
-        owned.committed, owned.committed_watermark = time.monotonic(), watermark
+        owned.committed = time.monotonic()
         self._report()
 
     def _rejected(self, refused: Refused) -> Message:
@@ -417,11 +425,10 @@ class Runner:
         root = f"{self.state_url}/{self.use_case.name}/{self.name}/{i}"
         checkpoints = Checkpoints(root, secrets.token_hex(4))
         task = Task(self.use_case, self.make_step(i), *sorted({p for _, p in self._inputs(i)}))
-        committed = self.consumer.committed(self._inputs(i))
+        committed = self._settled(i, producer, checkpoints)
         files: list[str] = []
         unserved: set[str] = set()
-        if committed:
-            newest = max(parse_metadata(p.metadata) for p in committed.values())
+        if newest := newest_of(committed):
             loaded, added = checkpoints.load(newest.snapshot, Plan.of(task.step), self._has_backfill(i))
             files, unserved = loaded.files, {*newest.unserved, *added}
             task.unserved = frozenset(unserved)
@@ -439,9 +446,27 @@ class Runner:
             self.ends |= self.consumer.end_offsets(self._inputs(i))
         owned = Owned(task, checkpoints, producer, files)
         self._leave_unserved(owned, unserved)
-        owned.committed_watermark = task.watermark if committed else 0
-        owned.kept = (newest.snapshot, committed) if committed else None
+        owned.kept = (newest.snapshot, dict(committed)) if newest else None
         return owned
+
+    def _settled(self, i: int, producer: Producer, checkpoints: Checkpoints) -> Positions:
+        """The positions to go on from, with an end to what a killed broker may have left open.
+
+        Kafka can lose the end of a transaction on some of its partitions. Offsets and output tell of the same commits,
+        so the one that is ahead shows that the last was committed; when none is, what is still open was not.
+        """
+        offsets = self.consumer.committed(self._inputs(i))
+        if not self.outputs:
+            return offsets  # what is done again leaves the same rows and state
+        told = told_positions(self.broker, (self.outputs[0], i))
+        by_offsets, by_output = newest_of(offsets), newest_of(told)
+        ahead = by_output and (not by_offsets or by_output > by_offsets) and checkpoints.has(by_output.snapshot)
+        positions = told if ahead else offsets
+        if by_offsets != by_output:
+            self.log.warning("a killed broker lost an end", partition=i, offsets=by_offsets, output=by_output)
+        written = [*self.outputs, *([self.use_case.topic("rejected")] if self.rejects else [])]
+        producer.settle([(topic, i) for topic in written], positions, self.consumer, committed=by_offsets != by_output)
+        return positions
 
     def _has_backfill(self, i: int) -> Callable[[str], bool]:
         adoption = self.adoption

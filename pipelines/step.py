@@ -146,7 +146,7 @@ class Step(Protocol):
 
     @property
     def outputs(self) -> Sequence[str]:
-        """Topics that carry its clock records."""
+        """Topics it writes to, in its own partition; the first carries its clock records, so it is not compacted."""
 
     @property
     def plan(self) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from features.errors import PenstockError
-from pipelines import archive, net, quality
+from pipelines import archive, compression, net, quality
 from pipelines.job import Job, Recipe
 from pipelines.onnx_model import OnnxModel
 from pipelines.sampler import Sampler, Share
@@ -57,6 +58,22 @@ def learning_rate(recipe: Recipe, base: float, progress: float, world: int) -> f
     return base * world * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class State(hvd.elastic.TorchState):  # type: ignore[misc]
+    """What is committed; and what the compressor keeps, which is not, is put right when ranks come or go."""
+
+    def __init__(self, compressor: compression.Compressor, **values: Any) -> None:
+        super().__init__(**values)
+        self._compressor = compressor
+
+    def reset(self) -> None:
+        for tensor in self._compressor.left:
+            tensor.zero_()
+
+    def sync(self) -> None:
+        super().sync()
+        hvd.broadcast_parameters([(f"shared{i}", t) for i, t in enumerate(self._compressor.shared)], root_rank=0)
+
+
 class Worker:
     """One rank of a job."""
 
@@ -70,7 +87,9 @@ class Worker:
         self.model = model.to(self.device)
         self.optimizer = net.make_optimizer(self.model, job.recipe.weight_decay)
         self.started = time.monotonic()
-        self.state = hvd.elastic.TorchState(
+        self.compressor = compression.make(recipe.compression, list(self.model.parameters()), job.seed)
+        self.state = State(
+            self.compressor,
             model=self.model,
             optimizer=self.optimizer,
             files=job.files,
@@ -138,7 +157,7 @@ class Worker:
                     say(f"{phase}, epoch {epoch + 1} of {sampler.epochs}: {left:,} examples on {world} ranks")
             share = sampler.share(order, start, end, rank, world)
             torch.manual_seed(hash((sampler.seed, state.position, rank)))
-            self._step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
+            self.step(share, learning_rate(self.job.recipe, base, state.position / sampler.length, world))
             self._record(f"{self.run} {phase} {epoch} {start}", share)
             state.position += end - start
             steps += 1
@@ -153,7 +172,7 @@ class Worker:
             self.model.grow(examples.inputs, examples.label, self.job.seed)
         hvd.broadcast_parameters(trees.state_dict() | {"blend": self.model.blend}, root_rank=0)
 
-    def _step(self, share: Share, rate: float) -> None:
+    def step(self, share: Share, rate: float) -> None:
         """One update by the mean gradient over the rows that count, of all ranks."""
         tensors = self.model.tensors(self.data.examples.inputs.take(share.rows))
         truth = self.data.truth[torch.from_numpy(share.rows).to(self.device)]
@@ -161,7 +180,7 @@ class Worker:
         self.optimizer.zero_grad()
         loss = net.losses(self.model.foretell(*tensors), truth, self.job.recipe.target_weight) @ weights
         torch.autograd.backward(loss / share.total)
-        hvd.grouped_allreduce_([p.grad for p in self.model.parameters()], op=hvd.Sum, name="gradients")
+        self.compressor.reduce([p.grad for p in self.model.parameters()], allreduce)  # type: ignore[misc]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM * math.sqrt(self.job.recipe.members))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -205,6 +224,11 @@ class Worker:
             "steps": list(self.state.steps),
         }
         net.write(folder / "result.json", json.dumps(result).encode())
+
+
+def allreduce(tensors: Sequence[torch.Tensor], name: str) -> None:
+    """Sum in place over the ranks, all tensors in one exchange."""
+    hvd.grouped_allreduce_(list(tensors), op=hvd.Sum, name=name)
 
 
 def _measures(prefix: str, label: archive.Floats, score: archive.Floats) -> dict[str, float | None]:

@@ -8,9 +8,11 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +48,16 @@ def parse_duration(text: str) -> timedelta:
     return timedelta(**{units[text[-1]]: int(text[:-1])})
 
 
+def parse_compression(text: str) -> str:
+    """A recipe's compression."""
+    from pipelines.job import Recipe
+
+    try:
+        return Recipe(compression=text).compression
+    except PenstockError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 class Requests(StrEnum):
     http = "http"
     topic = "topic"
@@ -55,6 +67,7 @@ class Bench(StrEnum):
     features = "features"
     freshness = "freshness"
     learning = "learning"
+    training = "training"
 
 
 class Action(StrEnum):
@@ -163,13 +176,25 @@ def serve(
 def train(
     use_case: UseCaseName,
     ranks: Annotated[int, typer.Option(min=1, max=64, help="Horovod processes.")] = 2,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            parser=parse_compression, metavar="none|fp16|powersgd:RANK", help="Of gradients; else the setting's."
+        ),
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Horovod's timeline, a Chrome trace.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Retrain up to the newest cut with Horovod, evaluate, register a version. No new cut: one line, success."""
     from services.train import train
 
+    settings = Settings.load()
     with progress_on_stderr():
-        result = train(Settings.load(), use_case, ranks)
+        result = train(
+            replace(settings, train_compression=compression or settings.train_compression), use_case, ranks, timeline
+        )
     show(result.as_json(), as_json, str(result))
 
 
@@ -222,6 +247,58 @@ def audit(use_case: UseCaseName, as_json: Json = False) -> None:
 
 
 @app.command()
+def backtest(
+    use_case: UseCaseName,
+    from_: Annotated[datetime, typer.Option("--from", parser=parse_day, metavar="DATE", help="UTC, included.")],
+    until: Annotated[datetime, typer.Option("--until", parser=parse_day, metavar="DATE", help="UTC, excluded.")],
+    score_from: Annotated[
+        datetime | None, typer.Option(parser=parse_day, metavar="DATE", help="Default: after the first 31 days.")
+    ] = None,
+    learner: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:setting=value,...]", help="Again for more; A+B blends. Default: online."),
+    ] = None,
+    tick: Annotated[
+        timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION", help="Windows as in a lockstep.")
+    ] = None,
+    update_every: Annotated[int, typer.Option(min=0, help="Labels learned at a time; 0: the learner's own.")] = 0,
+    stale: Annotated[
+        timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION", help="Windows as of so much before.")
+    ] = None,
+    delay_labels: Annotated[timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION")] = None,
+    permute_labels: Annotated[bool, typer.Option("--permute-labels", help="Nothing can be learned then.")] = False,
+    plant_leak: Annotated[bool, typer.Option("--plant-leak", help="Let the model read the label.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run all of these; fail when one is not noticed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learners over the past in event-time order: each request is scored before its label is learned."""
+    start, end, first = (None if at is None else round(at.timestamp() * 1000) for at in (from_, until, score_from))
+    ticked, staled, delayed = (d // timedelta(milliseconds=1) if d else 0 for d in (tick, stale, delay_labels))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of these small steps mostly wait for each other
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
+    from services import backtest as runs
+    from services import backtest_check
+    from services.backtest_data import Range
+
+    over = Range(start or 0, end or 0, ticked or 1, staled)
+    plan = runs.Plan(
+        use_case,
+        over,
+        runs.default_score_from(over) if first is None else first,
+        tuple(learner or ["online"]),
+        update_every,
+        permute_labels,
+        delayed,
+        plant_leak,
+    )
+    with progress_on_stderr():
+        result = (backtest_check.check if check else runs.backtest)(Settings.load(), plan)
+    show(result, as_json, backtest_check.as_text(result) if check else runs.as_text(result))
+    if not all(c["ok"] for c in result.get("checks", ())):
+        raise typer.Exit(1)
+
+
+@app.command()
 def backfill(
     use_case: UseCaseName,
     view: Annotated[str, typer.Option(help="The stream feature view that is new or was changed.")],
@@ -266,14 +343,17 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
-    from importlib import import_module
-
+    from benchmarks import features, freshness, learning, training
     from benchmarks.rig import as_text
 
-    measure = import_module(f"benchmarks.{what.value}").bench
-    arguments = {"features": (days,), "freshness": (seconds, rate or 1000), "learning": (seconds, rate or 50, kills)}
+    measure = {
+        Bench.features: lambda: features.bench(days),
+        Bench.freshness: lambda: freshness.bench(seconds, rate or 1000),
+        Bench.learning: lambda: learning.bench(seconds, rate or 50, kills),
+        Bench.training: training.bench,
+    }
     with progress_on_stderr():
-        result = measure(*arguments[what.value])
+        result = measure[what]()
     show(result, as_json, as_text(result))
 
 

@@ -21,11 +21,14 @@ def iso(ms: int) -> str:
 
 
 class Progress:
-    """Reports simulated time on standard error. `from_ms`, `until_ms`: the range; `start_ms`: where this run begins."""
+    """Reports simulated time on standard error. `from_ms`, `until_ms`: the range; `start_ms`: where this run begins;
+    `unit`: what is counted."""
 
-    def __init__(self, from_ms: int, until_ms: int, shown: bool = True, out: TextIO = sys.stderr) -> None:
+    def __init__(
+        self, from_ms: int, until_ms: int, shown: bool = True, out: TextIO = sys.stderr, unit: str = "ticks"
+    ) -> None:
         self.from_ms, self.until_ms, self.start_ms, self.out = from_ms, until_ms, from_ms, out
-        self.shown, self.tty = shown, out.isatty()
+        self.shown, self.tty, self.unit = shown, out.isatty(), unit
         self.began = time.monotonic()
         self.printed = 0.0
         self.ticks = 0
@@ -42,7 +45,7 @@ class Progress:
         done = (now_ms - self.start_ms) / max(1, self.until_ms - self.start_ms)
         left = f"{spent / done * (1 - done):.0f} s left" if done else ""
         percent = 100 * (now_ms - self.from_ms) / (self.until_ms - self.from_ms)
-        text = f"{percent:5.1f}%  {iso(now_ms)}  {self.ticks / spent:5.1f} ticks/s  {left}"
+        text = f"{percent:5.1f}%  {iso(now_ms)}  {self.ticks / spent:5.1f} {self.unit}/s  {left}"
         if self.tty:
             print(f"\r\x1b[K{text}", end="\n" if last else "", file=self.out, flush=True)
         else:

@@ -27,17 +27,21 @@ RANK = re.compile(r"^\[\d+\]<std(out|err)>:")
 KEPT_LINES = 40
 
 
-def run_ranks(module: str, argument: Path, ranks: int, folder: Path, result: Path) -> None:
+def run_ranks(
+    module: str, argument: Path, ranks: int, folder: Path, result: Path, timeline: Path | None = None
+) -> None:
     """Run `python -m module argument` on `ranks` elastic Horovod ranks until `result` exists.
 
     Two host names of one machine share the ranks, because a dead rank takes its host out for some seconds; the
-    survivors go on meanwhile. Printed: progress lines of rank 0. Everything goes to `folder`/ranks.log.
+    survivors go on meanwhile. Ranks come and go as `folder`/hosts is edited while they run. Printed: progress lines of
+    rank 0. Everything goes to `folder`/ranks.log; what is exchanged when to the file `timeline`, as a Chrome trace.
 
     Raises
     ------
     PenstockError : the job ended without the result; the message has the last lines of the log
     """
-    command = [*_horovodrun(ranks, _discovery(folder, ranks)), sys.executable, "-m", module, str(argument)]
+    trace = ["--timeline-filename", str(timeline.absolute())] if timeline else []
+    command = [*_horovodrun(ranks, _discovery(folder, ranks)), *trace, sys.executable, "-m", module, str(argument)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment["HOROVOD_STALL_CHECK_SHUTDOWN_TIME_SECONDS"] = "120"
     libc = ctypes.CDLL(None)
@@ -80,7 +84,7 @@ def _why(lines: Sequence[str]) -> str:
 
 
 def _horovodrun(ranks: int, discovery: Path) -> list[str]:
-    elastic = ["--min-np", "1", "--max-np", str(ranks), "--blacklist-cooldown-range", "2", "6"]
+    elastic = ["--min-np", "1", "--blacklist-cooldown-range", "2", "6"]
     timeouts = ["--start-timeout", "60", "--elastic-timeout", "60"]
     place = ["--network-interfaces", "lo", "--host-discovery-script", str(discovery)]
     return [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(ranks), *elastic, *timeouts, *place]

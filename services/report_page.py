@@ -11,12 +11,15 @@ from services.progress import iso
 
 Point = tuple[float, float]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 240, 44, 10, 12, 30
+COLOURS = 6
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6878; --line: #d9dfe7; --page: #fff; --card: #f6f8fa;
-  --c0: #0b62c4; --c1: #c2571a; --c2: #3d8a4e; --c3: #8a8f98; --bad: #b3261e; --good: #1e7a3c }
+  --c0: #0b62c4; --c1: #c2571a; --c2: #3d8a4e; --c3: #8a8f98; --c4: #8446b8; --c5: #a3821a;
+  --bad: #b3261e; --good: #1e7a3c }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #303946; --page: #11151b; --card: #191f27;
-    --c0: #6cb0ff; --c1: #f09a5d; --c2: #7fce8f; --c3: #8a93a0; --bad: #ff8a80; --good: #7fce8f } }
+    --c0: #6cb0ff; --c1: #f09a5d; --c2: #7fce8f; --c3: #8a93a0; --c4: #c79bf0; --c5: #d9be63;
+    --bad: #ff8a80; --good: #7fce8f } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 main { max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
@@ -76,8 +79,13 @@ def page(report: Mapping[str, Any]) -> str:
         _ticks(report),
         "<p class=soft>" + " · ".join(_link(name, url) for name, url in report["urls"].items()) + "</p>",
     ]
+    return document("Penstock report", body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page of these parts."""
     view = '<meta name=viewport content="width=device-width,initial-scale=1">'
-    head = f"<meta charset=utf-8>{view}<title>Penstock report</title><style>{STYLE}</style>"
+    head = f"<meta charset=utf-8>{view}<title>{escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body><main>{''.join(body)}</main></body></html>\n"
 
 
@@ -104,20 +112,20 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
     for what, title in (("auc", "AUC by week"), ("log_loss", "Log loss by week")):
         series = {said: _points(weeks, name, what) for name, said in SERIES.items()}
         note = "dotted: a new version began to serve" if marks else ""
-        out.append(_figure(title, lines(series, labels, marks), legend(series), note))
+        out.append(panel(title, lines(series, labels, marks), legend(series), note))
     groups = report["calibration"]
     pairs = {"served": [(g["score"], g["label"]) for g in groups], "perfect": [(0.0, 0.0), (1.0, 1.0)]}
-    out.append(_figure("Calibration: share late, by score", square(pairs), legend(pairs), "ten groups of equal size"))
+    out.append(panel("Calibration: share late, by score", square(pairs), legend(pairs), "ten groups of equal size"))
     counts = report["freshness_histogram"]["counts"]
     ms = [
         wall(edge, "ms") if edge < 1000 else wall(edge / 1000, "s")
         for edge in report["freshness_histogram"]["edges_ms"]
     ]
-    out.append(_figure("Event sent to readable online", bars(counts, ms), "", "events, on a logarithmic scale of time"))
+    out.append(panel("Event sent to readable online", bars(counts, ms), "", "events, on a logarithmic scale of time"))
     waits = {f"v{v['version']}": v["label_to_serving_s"] for v in report["versions"] if v["label_to_serving_s"]}
     if waits:
         seconds = bars(list(waits.values()), list(waits), every=1)
-        out.append(_figure("Last label to serving", seconds, "", "seconds: training, comparison, swap"))
+        out.append(panel("Last label to serving", seconds, "", "seconds: training, comparison, swap"))
     return out
 
 
@@ -132,14 +140,15 @@ def _points(weeks: Sequence[Mapping[str, Any]], name: str, what: str) -> list[Po
     return [(i, w[name][what]) for i, w in enumerate(weeks) if w[name][what] is not None]
 
 
-def _figure(title: str, svg: str, below: str, note: str) -> str:
+def panel(title: str, svg: str, below: str, note: str) -> str:
+    """A chart with its title, legend and note."""
     return f"<figure><figcaption>{title}</figcaption>{svg}{below}<p class='soft legend'>{note}</p></figure>"
 
 
 def legend(series: Mapping[str, Sequence[Point]]) -> str:
     """Names beside their colours; a series without points is left out."""
     named = [(i, name) for i, (name, points) in enumerate(series.items()) if points]
-    items = [f"<span><i style='background:var(--c{i})'></i>{escape(name)}</span>" for i, name in named]
+    items = [f"<span><i style='background:var(--c{i % COLOURS})'></i>{escape(name)}</span>" for i, name in named]
     return f"<div class=legend>{''.join(items)}</div>"
 
 
@@ -221,8 +230,8 @@ def _series(points: Sequence[Point], colour: int, x: Callable[[float], float], y
     dots = "".join(
         f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3"><title>{py:.4f}</title></circle>' for px, py in points
     )
-    line = f'<polyline points="{path}" fill="none" stroke="var(--c{colour})" stroke-width="2"/>'
-    return f'{line}<g fill="var(--c{colour})">{dots}</g>'
+    line = f'<polyline points="{path}" fill="none" stroke="var(--c{colour % COLOURS})" stroke-width="2"/>'
+    return f'{line}<g fill="var(--c{colour % COLOURS})">{dots}</g>'
 
 
 def _dotted(x: float) -> str:

@@ -29,6 +29,7 @@ class Settings:
     refresh_every_s : event time between two refreshes of the champion
     register_every_s : how often the champion's newest refresh becomes a version of the registry
     registry_keep_days : how long versions stay that never served
+    train_compression : what Horovod's ranks send each other: none, fp16 or powersgd:RANK
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
     """
 
@@ -47,6 +48,7 @@ class Settings:
     predictor_port: int = 0
     state_url: str = ""
     offline_keep_days: int = 0
+    train_compression: str = "none"
     allow_event_time: bool = False
     commit_interval_s: float = 0.5
     idle_timeout_s: float = 0.05

@@ -54,10 +54,10 @@ class TrainResult:
         return asdict(self)
 
 
-def train(settings: Settings, name: str, ranks: int) -> TrainResult:
+def train(settings: Settings, name: str, ranks: int, timeline: Path | None = None) -> TrainResult:
     """Train, evaluate and register the version of the newest cut, unless it is there or there is too little to learn.
 
-    Any number of calls, after a crash too, register one version per cut.
+    Any number of calls, after a crash too, register one version per cut. `timeline` is a file that gets Horovod's.
     """
     use_case, broker, registry = load(name), wiring.broker(settings), wiring.registry(settings)
     home = settings.home / "train"
@@ -75,7 +75,7 @@ def train(settings: Settings, name: str, ranks: int) -> TrainResult:
         folder = home / f"{name}-{cut}"
         champion = _champion(registry, name, state, settings.home / "models" / name)
         job = _job(settings, use_case, broker, champion, cut, folder)
-        result = _run(job, folder, ranks)
+        result = _run(job, folder, ranks, timeline)
         made = _register(registry, use_case, job, result)
         shutil.rmtree(folder)
     return made
@@ -120,10 +120,10 @@ def _job(
         cut=cut,
         holdout=min(LONGEST_HOLDOUT, use_case.retrain_every) // MS,
         champion=champion,
-        recipe=Recipe.from_scratch(),
+        recipe=replace(Recipe.from_scratch(), compression=settings.train_compression),
         seed=cut // 1000 % 2**31,
     )
-    warm = replace(job, warm_start=True, recipe=Recipe.warm())
+    warm = replace(job, warm_start=True, recipe=replace(Recipe.warm(), compression=settings.train_compression))
     return warm if champion and _declaration_of(champion) == warm.declaration else job
 
 
@@ -140,7 +140,7 @@ def _declaration_of(champion: Champion) -> dict[str, Any]:
     return dict(json.loads((Path(champion.folder) / "inputs.json").read_bytes()))
 
 
-def _run(job: Job, folder: Path, ranks: int) -> dict[str, Any]:
+def _run(job: Job, folder: Path, ranks: int, timeline: Path | None) -> dict[str, Any]:
     """Run the ranks, unless this very job has a complete result from before a crash."""
     file, done = folder / "job.json", Path(job.result) / "result.json"
     if done.exists() and Job.load(file) == job:
@@ -149,7 +149,7 @@ def _run(job: Job, folder: Path, ranks: int) -> dict[str, Any]:
     Path(job.result).mkdir(parents=True)
     job.save(file)
     started = time.monotonic()
-    run_ranks("pipelines.training", file, ranks, folder, done)
+    run_ranks("pipelines.training", file, ranks, folder, done, timeline)
     return {**json.loads(done.read_bytes()), "seconds": round(time.monotonic() - started, 1)}
 
 

@@ -1,7 +1,8 @@
 """A broker in memory with Kafka's semantics, for fast tests; the contract suite keeps it honest.
 
 Records of an open transaction take offsets at once and are invisible until its marker, which takes an offset too;
-an older producer with the same transactional id is fenced; a group's commits carry its generation.
+an older producer with the same transactional id is fenced; a group's commits carry its generation. A transaction whose
+end is lost on a partition stays open there until the next end that its transactional id writes to that partition.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from features.errors import FencedError, InputError, UnavailableError
 from pipelines.broker import Consumer, Message, Position, Producer, Record, TopicPartition
@@ -20,8 +21,9 @@ RebalanceCallback = Callable[[set[TopicPartition]], None]
 
 @dataclass
 class _Transaction:
+    """What one transactional id has open on one partition."""
+
     state: str = "open"
-    partitions: set[TopicPartition] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class MemoryBroker:
         self.logs: dict[TopicPartition, list[_Entry]] = {}
         self.groups: dict[str, _Group] = defaultdict(lambda: _Group(session_s))
         self.owners: dict[str, MemoryProducer] = {}
+        self.open: dict[tuple[str, TopicPartition], _Transaction] = {}
+        self.undecided: dict[tuple[str, str], dict[TopicPartition, Position]] = {}  # of a transactional id and a group
+        self.loses: set[TopicPartition | str] = set()  # partitions, and groups, on which a transaction's end is lost
 
     def create_topics(self, topics: Mapping[str, Mapping[str, str]], partitions: int) -> list[str]:
         created = sorted(set(topics) - set(self.topics))
@@ -149,10 +154,14 @@ class MemoryConsumer:
             self._positions = {p: self._start(p) for p in broker.partitions(topics)}
 
     @property
-    def group(self) -> _Group:
+    def group_name(self) -> str:
         if self._group_name is None:
             raise InputError("a consumer without a group commits nothing")
-        return self._broker.groups[self._group_name]
+        return self._group_name
+
+    @property
+    def group(self) -> _Group:
+        return self._broker.groups[self.group_name]
 
     def _start(self, partition: TopicPartition) -> int:
         return self._broker.stable_end(partition) if self._from_end else 0
@@ -267,7 +276,8 @@ class MemoryProducer:
 
     def __init__(self, broker: MemoryBroker, transactional_id: str | None) -> None:
         self._broker, self._id = broker, transactional_id
-        self._transaction: _Transaction | None = None
+        self._partitions: set[TopicPartition] = set()
+        self._groups: set[str] = set()
 
     def _check_owner(self) -> None:
         if self._id is not None and self._broker.owners.get(self._id) is not self:
@@ -286,32 +296,53 @@ class MemoryProducer:
     def _joined(self, partition: TopicPartition) -> _Transaction | None:
         if self._id is None:
             return None
-        self._transaction = self._transaction or _Transaction()
-        self._transaction.partitions.add(partition)
-        return self._transaction
+        self._partitions.add(partition)
+        return self._broker.open.setdefault((self._id, partition), _Transaction())
 
     def flush(self, timeout: float = 30.0) -> None:
         self._check_owner()
 
     def commit(self, positions: Mapping[TopicPartition, Position], consumer: Consumer) -> None:
-        if not isinstance(consumer, MemoryConsumer):
-            raise InputError("the consumer is of another broker")
         with self._broker.changed:
-            self._check_owner()
-            if positions:
-                if consumer not in consumer.group.members or consumer.generation != consumer.group.generation:
-                    raise FencedError("the group has moved on without this consumer")
-                consumer.group.committed.update(positions)
+            self._send_positions(positions, consumer)
             self.end("committed")
 
-    def end(self, state: str) -> None:
-        """Close the open transaction, with a marker in each of its partitions."""
+    def settle(
+        self,
+        partitions: Sequence[TopicPartition],
+        positions: Mapping[TopicPartition, Position],
+        consumer: Consumer,
+        *,
+        committed: bool,
+    ) -> None:
         with self._broker.changed:
-            transaction, self._transaction = self._transaction, None
-            if transaction is not None:
-                transaction.state = state
-                for partition in transaction.partitions:
-                    self._broker.append(partition, _Entry(None))
+            self._send_positions(positions, consumer)
+            self._partitions.update(partitions)
+            self.end("committed" if committed else "aborted")
+
+    def _send_positions(self, positions: Mapping[TopicPartition, Position], consumer: Consumer) -> None:
+        if not isinstance(consumer, MemoryConsumer):
+            raise InputError("the consumer is of another broker")
+        self._check_owner()
+        if positions:
+            if consumer not in consumer.group.members or consumer.generation != consumer.group.generation:
+                raise FencedError("the group has moved on without this consumer")
+            self._groups.add(consumer.group_name)
+            self._broker.undecided.setdefault((self._id or "", consumer.group_name), {}).update(positions)
+
+    def end(self, state: str) -> None:
+        """End the transaction: a marker in each of its partitions, and on the positions, where it isn't lost."""
+        broker, id = self._broker, self._id or ""
+        with broker.changed:
+            partitions, self._partitions = self._partitions, set()
+            groups, self._groups = self._groups, set()
+            for partition in partitions:
+                if partition not in broker.loses:
+                    broker.open.pop((id, partition), _Transaction()).state = state
+                    broker.append(partition, _Entry(None))
+            for group in groups.difference(broker.loses):
+                positions = broker.undecided.pop((id, group), {})
+                broker.groups[group].committed.update(positions if state == "committed" else {})
 
     def close(self) -> None:
         """An open transaction stays open, as after a crash: the successor aborts it."""

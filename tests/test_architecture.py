@@ -27,8 +27,9 @@ HOME_OF = {  # vendor -> the files that may know it
     "sqlite3": {"pipelines/sqlite_store.py"},
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
-    "horovod": {"pipelines/training.py"},
-    "torch": {f"pipelines/{name}.py" for name in ("net", "online", "refresher", "training", "trees")},
+    "horovod": {"pipelines/training.py", "benchmarks/ranks.py"},
+    "torch": {f"pipelines/{name}.py" for name in ("net", "training", "trees", "online", "refresher", "compression")}
+    | {"benchmarks/ranks.py"},
     "sklearn": {"pipelines/trees.py", "services/audit.py"},
     "fastapi": {"services/predictor.py"},
     "confluent_kafka": set(),

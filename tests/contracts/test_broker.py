@@ -5,13 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 import pytest
 
 from features.errors import FencedError, InputError, UnavailableError
-from pipelines.broker import Broker, Consumer, Message, Position, Record, TopicPartition, clock_message, clock_of
+from pipelines.broker import (
+    Broker,
+    Consumer,
+    Message,
+    Position,
+    Producer,
+    Record,
+    TopicPartition,
+    clock_message,
+    clock_of,
+)
 from tests.memory_broker import MemoryBroker
 
 PATIENCE_S = 20.0
@@ -218,6 +229,78 @@ def test_positions_without_their_transaction_do_not_count(broker: Broker, topic:
     assert consumer.committed([(topic, 0)]) == {}
     producer.close()
     consumer.close()
+
+
+@contextmanager
+def losing_the_end(broker: Broker, producer: Producer, topic: str, group: str) -> Iterator[None]:
+    """What `producer` does meanwhile in partition 0 and for the group is never told the end of its transaction."""
+    if isinstance(broker, MemoryBroker):
+        broker.loses = {(topic, 0), group}
+        yield
+        broker.loses = set()
+        return
+    from kafka import KafkaAdminClient, TopicPartition
+    from kafka.admin import ConfigResource
+    from kafka.producer.transaction_manager import TransactionalRequestResult, TxnOffsetCommitHandler
+
+    admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)  # type: ignore[attr-defined]
+    verify = "transaction.partition.verification.enable"
+    admin.alter_configs([ConfigResource("BROKER", "1", {verify: "false"})])
+    asked = ConfigResource("BROKER", "1", [verify])
+    until(lambda: admin.describe_configs([asked], False, "all")["broker"]["1"][verify]["value"] == "false", verify)
+    admin.close()
+    manager = producer._kafka._transaction_manager  # type: ignore[attr-defined]
+    manager._partitions_in_transaction.add(TopicPartition(topic, 0))  # its coordinator isn't told of either
+
+    def send_offsets(offsets: Any, membership: Any) -> Any:
+        handler = TxnOffsetCommitHandler(manager, membership, dict(offsets), TransactionalRequestResult())
+        manager._pending_txn_offset_commits.update(offsets)
+        manager._enqueue_request(handler)
+        return handler.result
+
+    manager.send_offsets_to_transaction = send_offsets
+    yield
+    del manager.send_offsets_to_transaction
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_a_killed_broker_left_open_ends_as_it_is_settled(broker: Broker, topic: str, committed: bool) -> None:
+    group, before, after = f"{topic}.group", {(topic, 0): Position(1, "1")}, {(topic, 0): Position(2, "2")}
+    consumer = owner(broker, topic, group)
+    first = broker.producer(transactional_id=f"{topic}.writer")
+    first.send([Message(topic, b"kept")])
+    first.commit(before, consumer)
+    with losing_the_end(broker, first, topic, group):
+        first.send([Message(topic, b"open"), Message(topic, b"told", None, 1)])
+        first.commit(after, consumer)
+    follower = broker.consumer([topic])
+    assert {r.value for r in read(follower, 2)} == {b"kept", b"told"}
+    assert broker.committed(group) == before
+    second = broker.producer(transactional_id=f"{topic}.writer")
+    second.settle([(topic, 0), (topic, 1)], after if committed else before, consumer, committed=committed)
+    second.send([Message(topic, b"next")])
+    second.commit({}, consumer)
+    assert [r.value for r in read(follower, 1 + committed)] == [b"open", b"next"][not committed :]
+    assert consumer.committed([(topic, 0)]) == broker.committed(group) == (after if committed else before)
+    for thing in (follower, consumer, first, second):
+        thing.close()
+
+
+def test_what_nobody_settles_ends_with_the_next_transaction(broker: Broker, topic: str) -> None:
+    group = f"{topic}.group"
+    consumer = owner(broker, topic, group)
+    first = broker.producer(transactional_id=f"{topic}.writer")
+    with losing_the_end(broker, first, topic, group):
+        first.send([Message(topic, b"open"), Message(topic, b"told", None, 1)])
+        first.commit({(topic, 0): Position(1)}, consumer)
+    second = broker.producer(transactional_id=f"{topic}.writer")
+    second.send([Message(topic, b"next")])
+    second.commit({(topic, 1): Position(1)}, consumer)
+    follower = broker.consumer([topic])
+    assert {r.value for r in read(follower, 3)} == {b"open", b"told", b"next"}
+    assert set(broker.committed(group)) == {(topic, 0), (topic, 1)}
+    for thing in (follower, consumer, first, second):
+        thing.close()
 
 
 def test_many_transactions_in_a_row(broker: Broker, topic: str) -> None:

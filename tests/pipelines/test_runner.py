@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +25,7 @@ from pipelines.checkpoint import (
     Plan,
     listed_files,
     parse_metadata,
+    told_positions,
     unserved_views,
     watermark_of,
 )
@@ -32,7 +35,7 @@ from pipelines.memory_store import MemoryStore
 from pipelines.runner import CommitPolicy, Owned, Runner
 from services import timetable
 from services.topics import create_topics
-from tests.memory_broker import MemoryBroker
+from tests.memory_broker import MemoryBroker, MemoryProducer
 from tests.toy import use_case as toy
 
 MINUTE = 60_000
@@ -125,8 +128,6 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, when: int, 
 
 
 def crash_points() -> list[Any]:
-    from tests.memory_broker import MemoryProducer
-
     points = [(Checkpoints, "save_base"), (Checkpoints, "save_delta"), (Checkpoints, "write_table")]
     points += [(MemoryProducer, "commit"), (Store, "write")]  # type: ignore[list-item]
     return [
@@ -172,6 +173,83 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(
         assert expected
         assert offline(broker, tmp_path / "killed", step, table) == expected
     assert watermark_of(broker, "toy.joiner") == watermark_of(calm, "toy.joiner") == START + 120 * MINUTE
+
+
+EXAMPLES, CUTS, GROUP = ("toy.examples", 0), ("toy.cuts", 0), "toy.joiner"
+
+
+def join(broker: MemoryBroker, path: Path) -> None:
+    """Every commit that takes labels in makes examples, and a cut every half hour; killed, the joiner starts again."""
+    cutting = replace(use_case, retrain_every=timedelta(minutes=30))
+    for start in range(0, 180, 20):
+        predictions(broker, start, 20)
+        orders(broker, start, 20)
+    for _ in range(2):
+        with suppress(Killed):
+            once(runner(broker, lambda _: Joiner(cutting), path))
+
+
+OUTPUT, ALL = {EXAMPLES, CUTS}, {EXAMPLES, CUTS, GROUP}
+LOST = [(True, OUTPUT, 0), (True, {GROUP}, 0), (True, ALL, 0), (False, OUTPUT, 0), (False, {GROUP}, 0), (False, ALL, 0)]
+
+
+@pytest.mark.parametrize(("committed", "where", "later"), [*LOST, (True, {GROUP}, 1), (True, ALL, 1)])
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_commit_whose_end_a_killed_broker_lost_counts_once(
+    which: int, committed: bool, where: set[Any], later: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joiner dies too: with that commit, or one commit later and before its end."""
+    monkeypatch.setattr(Checkpoints, "wants_base", property(lambda self: not self.base or self.number % 2 == 0))
+    monkeypatch.setattr("pipelines.runner.POLL_RECORDS", 7)
+    join(calm := make_broker(), tmp_path / "calm")
+    broker, ended, left = make_broker(), MemoryProducer.end, which
+
+    def open_examples() -> bool:
+        entries = (e for e in broker.logs[EXAMPLES] if e.transaction and e.transaction.state == "open")
+        return any(e.record and e.record.value for e in entries)
+
+    def dying(self: MemoryProducer, state: str) -> None:
+        nonlocal left
+        left -= open_examples() if left > 0 else 1
+        if left == 0:
+            broker.loses = where
+            ended(self, state if committed else "aborted")
+            broker.loses = set()
+        if left == -later:
+            raise Killed
+        if left:
+            ended(self, state)
+
+    monkeypatch.setattr(MemoryProducer, "end", dying)
+    join(broker, tmp_path / "killed")
+    assert left < 0
+    for topic, fewest in (("toy.examples", 45), ("toy.cuts", 6), ("toy.rejected", 0)):
+        assert values(broker, topic) == values(calm, topic), topic
+        assert len(values(broker, topic)) >= fewest
+    archive = offline(calm, tmp_path / "calm", "joiner", "examples")
+    assert archive and offline(broker, tmp_path / "killed", "joiner", "examples") == archive
+    assert {tp: p.offset for tp, p in broker.committed(GROUP).items()} == {
+        tp: p.offset for tp, p in calm.committed(GROUP).items()
+    }
+    assert not broker.open and not broker.undecided
+
+
+def test_the_newest_commit_is_found_however_much_lies_behind_it(tmp_path: Path) -> None:
+    broker = make_broker()
+    assert told_positions(broker, EXAMPLES) == {}
+    join(broker, tmp_path)
+    send(broker, *(Message("toy.examples", b"{}") for _ in range(2500)))
+    assert told_positions(broker, EXAMPLES) == broker.committed(GROUP)
+
+
+def test_who_removes_state_and_offsets_starts_over(tmp_path: Path) -> None:
+    join(broker := make_broker(), tmp_path)
+    once = values(broker, "toy.examples")
+    shutil.rmtree(tmp_path)
+    del broker.groups[GROUP]
+    join(broker, tmp_path)
+    again = values(broker, "toy.examples")
+    assert again[: len(once)] == once and len(again) > len(once)
 
 
 def test_every_bad_record_is_on_the_rejected_topic(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def make_job(folder: Path, rows: int, **changes: object) -> Job:
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
-def run(folder: Path, job: Job, ranks: int = 2) -> dict[str, object]:
+def run(folder: Path, job: Job, ranks: int = 2, timeline: Path | None = None) -> dict[str, object]:
     job.save(folder / "job.json")
-    run_ranks("pipelines.training", folder / "job.json", ranks, folder, Path(job.result) / "result.json")
+    run_ranks("pipelines.training", folder / "job.json", ranks, folder, Path(job.result) / "result.json", timeline)
     return json.loads((Path(job.result) / "result.json").read_text())
 
 
@@ -64,9 +64,27 @@ def assert_each_row_counts_once(job: Job, result: dict[str, object]) -> None:
     fit = {str(r) for r in examples.between(0, CUT - DAY).request_id}
     held = {str(r) for r in examples.between(CUT - DAY, CUT).request_id}
     counts = counted_rows(job, result)
-    for epoch in ("0", "1"):
-        assert counts["fit", epoch] == Counter(fit)
+    for epoch in range(job.recipe.epochs):
+        assert counts["fit", str(epoch)] == Counter(fit)
     assert counts["finish", "0"] == Counter(fit | held)
+
+
+def assert_gradients_travel_together(timeline: Path, steps: int) -> None:
+    """Horovod's trace has each step's gradients in its fusion buffer."""
+    events = json.loads(timeline.read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name" and "name" in e["args"]}
+    fused = Counter(names[e["pid"]] for e in events if e.get("name") == "MEMCPY_IN_FUSION_BUFFER")
+    assert len(fused) > 1 and all("gradients" in name for name in fused)
+    assert set(fused.values()) == {steps}
+
+
+def ranks_by_run(job: Job, result: dict[str, object]) -> list[int]:
+    """How many ranks took the steps that count, from one coming or going of ranks to the next."""
+    took: dict[str, set[str]] = {step.split()[0]: set() for step in result["steps"]}  # type: ignore[attr-defined]
+    for file in Path(job.row_log).iterdir():
+        for line in file.read_text().splitlines():
+            took.get(json.loads(line)["step"].split()[0], set()).add(file.stem)
+    return [len(files) for files in took.values()]
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -80,25 +98,37 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
 
-def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
-    """Once both ranks have taken some steps, one is killed with SIGKILL."""
+def logged_steps(job: Job) -> dict[int, int]:
+    """Steps that each rank, by its process, has taken so far."""
+    return {int(f.stem): f.read_text().count("\n") for f in sorted(Path(job.row_log).glob("*.jsonl"))}
 
-    def steps() -> list[tuple[int, int]]:
-        return [(int(f.stem), f.read_text().count("\n")) for f in sorted(Path(job.row_log).glob("*.jsonl"))]
 
-    def strike() -> None:
-        wait_for(lambda: len(steps()) == 2 and min(n for _, n in steps()) >= after_lines, "steps to interrupt")
-        os.kill(steps()[which][0], signal.SIGKILL)
+def ranks_at_work(job: Job, steps: int) -> int:
+    """Ranks that have taken so many steps."""
+    return sum(taken >= steps for taken in logged_steps(job).values())
 
-    thread = threading.Thread(target=strike)
+
+def in_background(action: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=action)
     thread.start()
     return thread
 
 
+def kill_a_rank(job: Job, which: int, after_lines: int) -> threading.Thread:
+    """Once both ranks have taken some steps, one is killed with SIGKILL."""
+
+    def strike() -> None:
+        wait_for(lambda: ranks_at_work(job, after_lines) == 2, "steps to interrupt")
+        os.kill(list(logged_steps(job))[which], signal.SIGKILL)
+
+    return in_background(strike)
+
+
 def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None:
     job = make_job(tmp_path, 3000, targets=TARGETS)
-    result = run(tmp_path, job)
+    result = run(tmp_path, job, timeline=tmp_path / "timeline.json")
     assert_each_row_counts_once(job, result)
+    assert_gradients_travel_together(tmp_path / "timeline.json", steps=len(result["steps"]))  # type: ignore[arg-type]
     evaluation = json.loads((tmp_path / "result/evaluation.json").read_text())
     assert evaluation["champion"] is None and evaluation["blocks"] == []
     assert evaluation["auc"] > 0.7
@@ -108,15 +138,37 @@ def test_a_job_learns_evaluates_and_counts_each_row_once(tmp_path: Path) -> None
     assert CUT - DAY < result["latest_label_time"] < CUT  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_killed_rank_loses_and_doubles_nothing(tmp_path: Path, which: int) -> None:
-    job = make_job(tmp_path, 12_000)
+@pytest.mark.parametrize(("which", "compression"), [(0, "none"), (1, "powersgd:2")])
+def test_a_killed_rank_loses_and_doubles_nothing(tmp_path: Path, which: int, compression: str) -> None:
+    job = make_job(tmp_path, 12_000, recipe=Recipe(epochs=2, batch=32, compression=compression))
     thread = kill_a_rank(job, which, after_lines=30)
     result = run(tmp_path, job)
     thread.join()
     runs = {step.split()[0] for step in result["steps"]}  # type: ignore[attr-defined]
     assert len(runs) > 1, "the kill came too late to matter"
     assert_each_row_counts_once(job, result)
+
+
+def test_ranks_join_and_leave_as_the_hosts_file_says(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch=4, members=1, hidden=(16,), trees=0, compression="powersgd:2")
+    job = make_job(tmp_path, 12_000, recipe=recipe)
+
+    def list_hosts(hosts: str) -> None:
+        (tmp_path / "hosts.new").write_text(hosts)
+        (tmp_path / "hosts.new").replace(tmp_path / "hosts")
+
+    def grow_and_shrink() -> None:
+        wait_for(lambda: ranks_at_work(job, 30) == 1, "the first rank to work")
+        list_hosts("localhost:2\n127.0.0.1:1\n")
+        wait_for(lambda: ranks_at_work(job, 30) == 3, "two more ranks to work")
+        list_hosts("localhost:1\n")
+
+    thread = in_background(grow_and_shrink)
+    result = run(tmp_path, job, ranks=1)
+    thread.join()
+    assert_each_row_counts_once(job, result)
+    worlds = ranks_by_run(job, result)
+    assert worlds[0] == worlds[-1] == result["ranks"] == 1 and max(worlds) == 3
 
 
 def test_warm_start_continues_the_champion_and_compares_with_it(tmp_path: Path) -> None:

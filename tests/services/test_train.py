@@ -92,7 +92,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs that would have been run; each gets a result at once."""
     ran: list[Job] = []
 
-    def run(module: str, argument: Path, ranks: int, folder: Path, result: Path) -> None:
+    def run(module: str, argument: Path, ranks: int, folder: Path, result: Path, timeline: Path | None) -> None:
         job = Job.load(argument)
         ran.append(job)
         version = job.champion.version if job.champion else None
