@@ -38,8 +38,8 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def rig(use_case: UseCase) -> Iterator[Settings]:
-    """Kafka with the use case's topics, and Redis, empty, in a folder that is gone afterwards.
+def rig(use_case: UseCase, services: Sequence[str] = ("kafka", "redis")) -> Iterator[Settings]:
+    """These services, and what they need, with the use case's topics, empty, in a folder that is gone afterwards.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def rig(use_case: UseCase) -> Iterator[Settings]:
         plain = Settings.load(place, Path(home, "no-configuration"))
         if foreign := [name for name in OWN if getattr(settings, name) != getattr(plain, name)]:
             raise ConfigError(f"a bench fills a stack of its own: leave {', '.join(foreign)} unset for it")
-        with stack.running(settings, only=["kafka", "redis"]):
+        with stack.running(settings, [use_case.name], only=services):
             broker = wiring.broker(settings)
             broker.create_topics(topics(use_case), use_case.partitions)
             broker.close()

@@ -135,7 +135,9 @@ class Broker(Protocol):
         on_assigned: Callable[[set[TopicPartition]], None] | None = None,
         on_revoked: Callable[[set[TopicPartition]], None] | None = None,
         from_end: bool = False,
-    ) -> Consumer: ...
+        together: bool = False,
+    ) -> Consumer:
+        """together : one member of the group has all partitions, the others stand by"""
 
     def producer(self, *, transactional_id: str | None = None) -> Producer:
         """A transactional producer has fenced its predecessors when this returns."""

@@ -153,9 +153,9 @@ class Checkpoints:
         return max((int(n[:10]) for n in names if n[:10].isdigit()), default=0)
 
     def clean(self, keep_files: Sequence[str]) -> None:
-        """Delete the table files that aren't listed."""
+        """Delete the table files, and those of the step's own, that aren't listed."""
         keep = {f"{self.root}/{f}" for f in keep_files}
-        for path in self.fs.glob(f"{self.root}/*/*.parquet*"):
+        for path in (p for kind in ("parquet", "onnx") for p in self.fs.glob(f"{self.root}/*/*.{kind}*")):
             if self.fs._strip_protocol(path) not in keep:
                 self.fs.rm_file(path)
 
@@ -165,6 +165,16 @@ class Checkpoints:
             match = re.search(r"/(\d{10})-\w+(\.new)?$", path)
             if match and (int(match[1]) < before or match[2]):
                 self.fs.rm_file(path)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """One file of the step's own, by its path below the root."""
+        self.fs.makedirs(f"{self.root}/{name.rsplit('/', 1)[0]}", exist_ok=True)
+        self._write(f"{self.root}/{name}", data)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Delete files by their paths below the root."""
+        for name in names:
+            self.fs.rm_file(f"{self.root}/{name}")
 
     def write_table(self, table: str, rows: pa.Table, number: int) -> str:
         """One Parquet file; returns its path below the root."""

@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*_text is deprecated", DeprecationWarning)  # how kafka-python reads its schemas
     from kafka import AsyncConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
     from kafka import errors as kafka_errors
+    from kafka.coordinator.assignors.abstract import ConsumerProtocolAssignment
     from kafka.coordinator.assignors.range import RangePartitionAssignor
     from kafka.future import Future
     from kafka.structs import OffsetAndMetadata
@@ -151,6 +152,7 @@ class KafkaBroker:
         on_assigned: RebalanceCallback | None = None,
         on_revoked: RebalanceCallback | None = None,
         from_end: bool = False,
+        together: bool = False,
     ) -> Consumer:
         kafka = self._connect(
             KafkaConsumer,
@@ -158,7 +160,7 @@ class KafkaBroker:
             isolation_level="read_committed",
             enable_auto_commit=False,
             auto_offset_reset="latest" if from_end else "earliest",
-            partition_assignment_strategy=[RangePartitionAssignor],
+            partition_assignment_strategy=[Together if together else RangePartitionAssignor],
             session_timeout_ms=SESSION_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
             max_poll_interval_ms=POLL_INTERVAL_MS,
@@ -211,6 +213,18 @@ class KafkaBroker:
         """How many live members a group has; 0 for a group nobody knows."""
         found = self._ask(f"members of {group}", lambda admin: admin.describe_groups([group]))
         return len(found[group]["members"] or ())
+
+
+class Together(RangePartitionAssignor):  # type: ignore[misc]  # kafka-python has no types
+    """All partitions to one member."""
+
+    name = "together"
+
+    @classmethod
+    def assign(cls, cluster: Any, members: Any) -> Any:
+        first, *others = sorted(members, key=lambda member: member.member_id)
+        nothing = ConsumerProtocolAssignment(cls.version, [], b"")
+        return super().assign(cluster, [first]) | {member.member_id: nothing for member in others}
 
 
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types

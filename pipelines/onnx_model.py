@@ -8,6 +8,8 @@ float32 [m, D] and `<name>_rows` int64 [m], the row of each event; its output is
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,15 @@ class OnnxModel:
     Attributes
     ----------
     version : its number in the registry
+    refresh : how often its weights have been refreshed since
     inputs : which features it reads
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: ModelInputs, version: str) -> None:
-        self._session = session
-        self.inputs, self.version = inputs, version
+    def __init__(
+        self, session: onnxruntime.InferenceSession, inputs: ModelInputs, version: str, example: Any, refresh: int = 0
+    ) -> None:
+        self._session, self._example = session, example
+        self.inputs, self.version, self.refresh = inputs, version, refresh
 
     @classmethod
     def load(cls, folder: Path, version: str) -> OnnxModel:
@@ -43,15 +48,22 @@ class OnnxModel:
         ------
         InputError : a file is missing or unreadable, the graph has other inputs, or the example's scores differ
         """
-        try:
+        with _told(f"version {version}"):
             inputs = ModelInputs.from_json(json.loads((folder / "inputs.json").read_bytes()))
             example = json.loads((folder / "example.json").read_bytes())
-            model = cls(_session(folder / "model.onnx", inputs), inputs, version)
-            model._verify(example)
-        except InputError:
-            raise
-        except Exception as error:  # ONNX Runtime's own errors share no public base
-            raise InputError(f"version {version} can't be loaded: {type(error).__name__}: {_line(error)}") from error
+            model = cls(_session((folder / "model.onnx").read_bytes(), inputs), inputs, version, example)
+            model._verify()
+        return model
+
+    def refreshed(self, graph: bytes, score: Sequence[float], number: int) -> OnnxModel:
+        """The version with the weights of a refresh: its graph, and its scores of the version's recorded example.
+
+        Raises InputError as `load` does.
+        """
+        with _told(f"refresh {number} of version {self.version}"):
+            example = {**self._example, "score": list(score)}
+            model = OnnxModel(_session(graph, self.inputs), self.inputs, self.version, example, number)
+            model._verify()
         return model
 
     def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
@@ -62,16 +74,14 @@ class OnnxModel:
         (score,) = self._session.run(["score"], feed)
         return np.asarray(score, dtype=np.float32).reshape(len(inputs))
 
-    def _verify(self, example: dict[str, Any]) -> None:
-        expected = np.array(example["score"], dtype=np.float32)
+    def _verify(self) -> None:
+        expected = np.array(self._example["score"], dtype=np.float32)
         if len(expected) == 0:
-            raise InputError(f"version {self.version} is refused: its recorded example is empty")
-        inputs = example_inputs(self.inputs, example)
+            raise InputError("is refused: its recorded example is empty")
+        inputs = example_inputs(self.inputs, self._example)
         difference = float(np.max(np.abs(self.score(inputs) - expected)))
         if not difference <= TOLERANCE:
-            raise InputError(
-                f"version {self.version} is refused: its recorded example scores differently here, by {difference:.3g}"
-            )
+            raise InputError(f"is refused: its recorded example scores differently here, by {difference:.3g}")
         self.score(inputs.take(slice(1)))
 
 
@@ -112,15 +122,26 @@ def input_names(declared: ModelInputs) -> list[str]:
     return ["numbers", "ids", *(name for s in declared.sequences for name in (s.name, f"{s.name}_rows"))]
 
 
-def _session(path: Path, declared: ModelInputs) -> onnxruntime.InferenceSession:
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever goes wrong as an InputError about `what`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what} {error}") from error
+    except Exception as error:  # ONNX Runtime's own errors share no public base
+        raise InputError(f"{what} can't be loaded: {type(error).__name__}: {_line(error)}") from error
+
+
+def _session(graph: bytes, declared: ModelInputs) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = input_names(declared)
     if {i.name for i in session.get_inputs()} != set(names) or "score" not in {o.name for o in session.get_outputs()}:
-        raise InputError(f"{path.name}: expected inputs {', '.join(names)} and an output score")
+        raise InputError(f"is refused: expected inputs {', '.join(names)} and an output score")
     return session
 
 

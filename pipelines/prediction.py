@@ -28,6 +28,7 @@ def prediction_message(
     timestamp: int,
     sent: int,
     shadow: dict[str, Any] | None = None,
+    refresh: int = 0,
 ) -> Message:
     """One record of `<uc>.predictions`; `event_time`, `timestamp` (the record's) and `sent` (wall clock): epoch ms."""
     value = {
@@ -39,6 +40,7 @@ def prediction_message(
         "schema": schema,
         "feature_times": vector.feature_times,
         "version": version,
+        "refresh": refresh,
         "arm": arm,
         "score": score,
         "shadow": shadow or {},

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from features.errors import InputError, UnavailableError
 
@@ -30,11 +30,12 @@ PATIENCE = {
 
 @dataclass(frozen=True)
 class Version:
-    """One registered version: its number, tags and the metrics of its run."""
+    """One registered version: its number, tags, the metrics of its run, and when it was made (epoch ms)."""
 
     version: str
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    created: int = 0
 
 
 class Registry:
@@ -118,7 +119,9 @@ class Registry:
         with self._answering():
             found = self._client.search_model_versions(f"name='{name}'", max_results=1000)
             runs = {v.run_id: v.run_id and self._client.get_run(v.run_id).data.metrics for v in found}
-        listed = [Version(str(v.version), dict(v.tags), dict(runs[v.run_id] or {})) for v in found]
+        listed = [
+            Version(str(v.version), dict(v.tags), dict(runs[v.run_id] or {}), v.creation_timestamp or 0) for v in found
+        ]
         return sorted(listed, key=lambda v: int(v.version))
 
     def download(self, name: str, version: str, to: Path) -> Path:
@@ -143,6 +146,17 @@ class Registry:
         finally:
             shutil.rmtree(temporary)
         return folder
+
+    def delete(self, name: str, version: str) -> None:
+        """Remove a version with its files and its run."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        with self._answering():
+            run = self._client.get_run(str(self._client.get_model_version(name, version).run_id))
+            files: Any = get_artifact_repository(run.info.artifact_uri, self.url)
+            files.delete_artifacts(FILES)
+            self._client.delete_model_version(name, version)
+            self._client.delete_run(run.info.run_id)
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias (champion, say) at a version."""

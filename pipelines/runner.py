@@ -88,6 +88,7 @@ class Owned:
     online : rows that are not written yet, oldest first
     eventful : whether more than time going on has gathered
     paused : topics that ran ahead of another one
+    kept : of a step whose state is stored whole: its last snapshot's name and positions
     """
 
     task: Task
@@ -106,6 +107,7 @@ class Owned:
     size: int = 0
     eventful: bool = False
     paused: set[TopicPartition] = field(default_factory=set)
+    kept: tuple[str, dict[TopicPartition, Position]] | None = None
 
     @property
     def waiting(self) -> int:
@@ -137,6 +139,8 @@ class Runner:
     idle_timeout : seconds of silence after which a partition at its end holds nothing back
     adoption : knows of backfills of the views that are not served yet
     rejects : whether refused records go to `<uc>.rejected`; not those that another step refuses too
+    whole : the step has all partitions together, and its state is stored whole whenever it asks (`Outputs.keep`) and
+        only then: what it has read since is read again after a crash. For a step whose work is not to be done twice
     """
 
     def __init__(
@@ -152,10 +156,11 @@ class Runner:
         idle_timeout: float = 0.05,
         adoption: Adopts | None = None,
         rejects: bool = True,
+        whole: bool = False,
     ) -> None:
         self.broker, self.use_case, self.make_step, self.state_url = broker, use_case, make_step, state_url
         self.store, self.on_commit, self.policy, self.idle_timeout = store, on_commit, policy, idle_timeout
-        self.adoption, self.rejects = adoption, rejects
+        self.adoption, self.rejects, self.whole = adoption, rejects, whole
         probe = make_step(0)
         self.name, self.inputs, self.outputs = probe.name, dict(probe.inputs), list(probe.outputs)
         self.group = f"{use_case.name}.{self.name}"
@@ -173,7 +178,11 @@ class Runner:
             return
         self.ends = {} if once else None
         self.consumer = self.broker.consumer(
-            list(self.inputs), group=self.group, on_assigned=self._assigned, on_revoked=self._revoked
+            list(self.inputs),
+            group=self.group,
+            on_assigned=self._assigned,
+            on_revoked=self._revoked,
+            together=self.whole,
         )
         try:
             if once and not self._own_something(stop):
@@ -202,14 +211,21 @@ class Runner:
         return True
 
     def _inputs(self, i: int) -> list[TopicPartition]:
-        return [(topic, i) for topic in self.inputs]
+        return sorted(self.consumer.assignment()) if self.whole else [(topic, i) for topic in self.inputs]
+
+    def _task_of(self, partition: int) -> int:
+        return 0 if self.whole else partition
 
     def _finished(self) -> bool:
         """Whether all is read up to the ends, or what is left runs ahead of an input that has ended."""
         if self.ends is None:
             return False
         paused = {tp for owned in self.owned.values() for tp in owned.paused}
-        left = {tp for tp, end in self.ends.items() if tp[1] in self.owned and self.consumer.position(tp) < end}
+        left = {
+            tp
+            for tp, end in self.ends.items()
+            if self._task_of(tp[1]) in self.owned and self.consumer.position(tp) < end
+        }
         if left and left <= paused:
             self.log.info("the rest waits for events of another topic", topics=sorted({topic for topic, _ in left}))
         return left <= paused
@@ -220,7 +236,7 @@ class Runner:
         now = time.monotonic()
         by_partition: dict[int, list[Record]] = {}
         for record in records:
-            by_partition.setdefault(record.partition, []).append(record)
+            by_partition.setdefault(self._task_of(record.partition), []).append(record)
             self.last_read[record.topic, record.partition] = now
         drained = len(records) < POLL_RECORDS  # else another partition's records may wait in the client
         for i, owned in self.owned.items():
@@ -261,7 +277,7 @@ class Runner:
         if self.ends is None:
             return records
         for tp, end in self.ends.items():
-            if tp[1] in self.owned and self.consumer.position(tp) >= end:
+            if self._task_of(tp[1]) in self.owned and self.consumer.position(tp) >= end:
                 self.consumer.seek(tp, end)
                 self.consumer.pause([tp])
         return [r for r in records if r.offset < self.ends[r.topic, r.partition]]
@@ -284,17 +300,14 @@ class Runner:
         owned.advanced = now
         if not records and task.watermark == before:
             return False
-        owned.calls.append(pack_call(records, idle, quiet_ms))
+        owned.calls.append(None if self.whole else pack_call(records, idle, quiet_ms))
         owned.records += len(records)
         owned.size += sum(len(r.value or b"") for r in records)
         owned.eventful |= bool(records or produced.online or produced.messages or owned.waiting != waiting)
         owned.online += produced.online
         if self._has_ended(i):
             self._write_online(owned)
-        gathered = owned.produced
-        gathered.messages += produced.messages
-        gathered.refused += produced.refused
-        gathered.closed += produced.closed
+        owned.produced.add(produced)
         return task.watermark > before
 
     def _has_ended(self, i: int) -> bool:
@@ -324,7 +337,7 @@ class Runner:
     def _is_due(self, i: int, moved: bool, now: float) -> bool:
         """At once when a clock has moved the watermark and nothing is left to read, else by the policy."""
         owned, policy, ended = self.owned[i], self.policy, self._has_ended(i)
-        full = owned.records >= policy.records or owned.size >= policy.size
+        full = owned.records >= policy.records or owned.size >= policy.size or owned.produced.keep
         if full or (moved and owned.clocked and ended):
             return True
         return now - owned.committed >= (policy.seconds if owned.eventful and ended else policy.patient_seconds)
@@ -333,13 +346,18 @@ class Runner:
         owned = self.owned[i]
         if not owned.calls:
             return
+        if self.whole and not owned.produced.keep:
+            self._pass_time(owned)
+            return
         checkpoints, produced = owned.checkpoints, owned.produced
         self._write_online(owned)
         closed: list[str] = []
         for table, rows in produced.closed:
             closed.append(checkpoints.write_table(table, rows, checkpoints.number * 1000 + len(closed)))
-        owned.files += closed
-        if checkpoints.wants_base:
+        for path, data in produced.files.items():
+            checkpoints.write_file(path, data)
+        owned.files = [f for f in (*owned.files, *closed, *produced.files) if f not in produced.forget]
+        if self.whole or checkpoints.wants_base:
             name = checkpoints.save_base(Plan.of(owned.task.step), owned.task.snapshot(), owned.files)
         else:
             name = checkpoints.save_delta(owned.calls, closed)
@@ -350,10 +368,25 @@ class Runner:
         messages += [clock_message(topic, i, watermark, (commit_header(positions),)) for topic in self.outputs[:1]]
         owned.producer.send(messages)
         owned.producer.commit(positions, self.consumer)
-        if checkpoints.number == checkpoints.base + 1:  # the base is sure by now: a commit has followed its own
+        if self.whole:
+            checkpoints.clean_snapshots(checkpoints.number - 1)
+        elif checkpoints.number == checkpoints.base + 1:  # the base is sure by now: a commit has followed its own
             checkpoints.clean_snapshots(checkpoints.base)
+        checkpoints.remove(produced.forget)
+        owned.kept = (name, positions)
         if self.on_commit and messages:
             self.on_commit(messages)
+        self._committed(owned, watermark)
+
+    def _pass_time(self, owned: Owned) -> None:
+        """Tell how far a step is whose state is stored whole, at the positions of its last snapshot."""
+        if owned.kept:
+            name, positions = owned.kept
+            metadata = str(Committed(name, owned.task.watermark))
+            owned.producer.commit({tp: Position(p.offset, metadata) for tp, p in positions.items()}, self.consumer)
+        self._committed(owned, owned.task.watermark)
+
+    def _committed(self, owned: Owned, watermark: int) -> None:
         owned.calls, owned.produced, owned.records, owned.size, owned.eventful = [], Produced(), 0, 0, False
         owned.committed = time.monotonic()
         self._report()
@@ -382,7 +415,7 @@ class Runner:
             self.reported = counts
 
     def _assigned(self, partitions: set[TopicPartition]) -> None:
-        for i in sorted({p for _, p in partitions} - set(self.owned)):
+        for i in sorted({self._task_of(p) for _, p in partitions} - set(self.owned)):
             self.owned[i] = owned = self._own(i)
             self.log.info("partition owned", partition=i, watermark=owned.task.watermark, unserved=owned.unserved)
 
@@ -391,7 +424,7 @@ class Runner:
         producer = self.broker.producer(transactional_id=f"{self.group}.{i}")
         root = f"{self.state_url}/{self.use_case.name}/{self.name}/{i}"
         checkpoints = Checkpoints(root, secrets.token_hex(4))
-        task = Task(self.use_case, self.make_step(i), i)
+        task = Task(self.use_case, self.make_step(i), *sorted({p for _, p in self._inputs(i)}))
         committed = self._settled(i, producer, checkpoints)
         files: list[str] = []
         unserved: set[str] = set()
@@ -413,6 +446,7 @@ class Runner:
             self.ends |= self.consumer.end_offsets(self._inputs(i))
         owned = Owned(task, checkpoints, producer, files)
         self._leave_unserved(owned, unserved)
+        owned.kept = (newest.snapshot, dict(committed)) if newest else None
         return owned
 
     def _settled(self, i: int, producer: Producer, checkpoints: Checkpoints) -> Positions:
@@ -439,7 +473,7 @@ class Runner:
         return lambda view: adoption is not None and adoption.ready(view, i)
 
     def _revoked(self, partitions: set[TopicPartition]) -> None:
-        for i in {p for _, p in partitions} & set(self.owned):
+        for i in {self._task_of(p) for _, p in partitions} & set(self.owned):
             self._commit(i)
             self.owned.pop(i).producer.close()
             self.log.info("partition handed over", partition=i)

@@ -113,6 +113,9 @@ class Outputs:
     rows : table name -> records, for tables that are not views
     rejected : events that the step can't use
     close : open files must close with this call (a cut)
+    files : path -> content, written below the step's folder before the commit
+    forget : paths of such files that are not needed after it
+    keep : of a step whose state is stored whole: store it now
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -121,6 +124,9 @@ class Outputs:
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rejected: list[Rejection] = field(default_factory=list)
     close: bool = False
+    files: dict[str, bytes] = field(default_factory=dict)
+    forget: list[str] = field(default_factory=list)
+    keep: bool = False
 
 
 class Step(Protocol):

@@ -26,18 +26,30 @@ class Produced:
     online: list[Rows] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     closed: list[tuple[str, pa.Table]] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    forget: list[str] = field(default_factory=list)
+    keep: bool = False
+
+    def add(self, later: Produced) -> None:
+        """Gather what a later call produced; its online rows are the runner's to gather."""
+        self.messages += later.messages
+        self.refused += later.refused
+        self.closed += later.closed
+        self.files |= later.files
+        self.forget += later.forget
+        self.keep |= later.keep
 
 
 class Task:
-    """Drives one step over one partition. Same calls, same state: a delta snapshot is a list of calls.
+    """Drives one step over its partition or partitions. Same calls, same state: a delta snapshot is a list of calls.
 
     unserved : views whose rows it keeps to itself, as their windows lack history
     """
 
-    def __init__(self, use_case: UseCase, step: Step, partition: int = 0) -> None:
+    def __init__(self, use_case: UseCase, step: Step, *partitions: int) -> None:
         self.use_case = use_case
         self.step = step
-        self.intake = Intake({(topic, partition): contract for topic, contract in step.inputs.items()})
+        self.intake = Intake({(t, p): contract for t, contract in step.inputs.items() for p in partitions or (0,)})
         self.file_every = round(use_case.file_every.total_seconds() * 1000)
         self.tables: dict[str, list[Any]] = {}
         self.unserved: frozenset[str] = frozenset()
@@ -62,7 +74,8 @@ class Task:
         for table, records_of in out.rows.items():
             self.tables.setdefault(table, []).extend(records_of)
         passed = before // self.file_every != self.intake.watermark // self.file_every
-        return Produced(out.messages, self._served(out.online), refused, self._close(everything=passed or out.close))
+        closed = self._close(everything=passed or out.close)
+        return Produced(out.messages, self._served(out.online), refused, closed, out.files, out.forget, out.keep)
 
     def _served(self, rows: list[Rows]) -> list[Rows]:
         return [r for r in rows if r.view not in self.unserved] if self.unserved else rows

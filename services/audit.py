@@ -14,6 +14,7 @@ from features.engine import Applied
 from features.errors import InputError
 from features.usecase import UseCase
 from pipelines.quality import auc
+from services import ledger
 from services.recompute import Recomputation, differences, read_events
 from services.replay_log import as_of, log_path, read_log
 from services.report import verdict
@@ -56,6 +57,7 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
         *permuted(numbers, examples, rng),
         *leak_caught(oracle, chosen, truth, predictions),
         *suspicion(numbers, examples.label),
+        *filter(None, [ledger.check(broker, use_case)]),
     ]
 
 

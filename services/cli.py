@@ -66,6 +66,7 @@ class Requests(StrEnum):
 class Bench(StrEnum):
     features = "features"
     freshness = "freshness"
+    learning = "learning"
     training = "training"
 
 
@@ -90,6 +91,7 @@ def show(result: dict[str, Any], as_json: bool, text: str) -> None:
 def up(
     use_cases: Annotated[list[str] | None, typer.Argument(metavar="[USE_CASE]...", help="Default: flights.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when everything is ready.")] = False,
+    learner: Annotated[bool, typer.Option(help="The continuous learner, too.")] = True,
     env: Annotated[bool, typer.Option("--env", help="Print `export` lines for a shell, start nothing.")] = False,
 ) -> None:
     """Start the embedded stack: Kafka, PostgreSQL, Redis, MLflow, Airflow and our processes, on loopback."""
@@ -99,7 +101,7 @@ def up(
         for name, value in stack.env(Settings.load()).items():
             print(f"export {name}={shlex.quote(value)}")
         return
-    sys.exit(stack.up(Settings.load(), use_cases or ["flights"], detach=detach))
+    sys.exit(stack.up(Settings.load(), use_cases or ["flights"], detach=detach, learner=learner))
 
 
 @app.command()
@@ -147,12 +149,15 @@ def replay(
 
 @app.command()
 def run(
-    steps: Annotated[str, typer.Argument(metavar="STEP[+STEP]", help="featurizer, joiner, scorer, control.")],
+    steps: Annotated[str, typer.Argument(metavar="STEP[+STEP]", help="featurizer, joiner, scorer, learner, control.")],
     use_case: UseCaseName,
     once: Annotated[bool, typer.Option("--once", help="Stop at the end that the input has now.")] = False,
 ) -> None:
     """Run steps of a use case in this process, until stopped."""
     from services.run import run
+
+    if "learner" in steps.split("+"):
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
 
     run(Settings.load(), steps, use_case, once=once)
 
@@ -330,17 +335,21 @@ def housekeeping(use_case: UseCaseName, as_json: Json = False) -> None:
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")],
     days: Annotated[int, typer.Option(min=1, max=366, help="Of features: how much of 2013.")] = 366,
-    seconds: Annotated[int, typer.Option(min=5, max=3600, help="Of freshness: how long.")] = 60,
-    rate: Annotated[int, typer.Option(min=100, max=20_000, help="Of freshness: events a second.")] = 1000,
+    seconds: Annotated[int, typer.Option(min=5, max=3600, help="Of freshness and learning: how long.")] = 60,
+    rate: Annotated[
+        int | None, typer.Option(min=10, max=20_000, help="Events (1,000) or labels (50) a second.")
+    ] = None,
+    kills: Annotated[int, typer.Option(min=0, max=100, help="Of learning: kill -9 of the learner.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
-    from benchmarks import features, freshness, training
+    from benchmarks import features, freshness, learning, training
     from benchmarks.rig import as_text
 
     measure = {
         Bench.features: lambda: features.bench(days),
-        Bench.freshness: lambda: freshness.bench(seconds, rate),
+        Bench.freshness: lambda: freshness.bench(seconds, rate or 1000),
+        Bench.learning: lambda: learning.bench(seconds, rate or 50, kills),
         Bench.training: training.bench,
     }
     with progress_on_stderr():
@@ -357,7 +366,7 @@ def doctor() -> None:
 
 
 class WithoutTorch(MetaPathFinder):
-    """Feast imports torch when it can, for images: 2 s and 470 MB a process. Only Horovod's ranks need it."""
+    """Feast imports torch when it can, for images: 2 s and 470 MB a process. Only ranks and learner need it."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "torch":

@@ -356,6 +356,12 @@ def own_services(settings: Settings, use_case: str) -> list[Service]:
             ready=lambda: answers(f"{settings.predictor_url}/readyz"),
         ),
         own(
+            "learner",
+            *("run", "learner", use_case),
+            needs=("mlflow",),
+            ready=lambda: _has_members(settings, f"{use_case}.learner"),
+        ),
+        own(
             "control",
             *("run", "control", use_case),
             needs=("mlflow",),

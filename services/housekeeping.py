@@ -1,4 +1,4 @@
-"""Housekeeping of a use case's feature rows: small offline files become large, old ones go, dead online keys too.
+"""Housekeeping of a use case: small offline files become large, old ones go, dead online keys and versions too.
 
 It runs beside everything else, as often as one likes, and may be killed at any point.
 """
@@ -13,23 +13,29 @@ from typing import Any
 from features.usecase import UseCase
 from pipelines.broker import Broker
 from pipelines.checkpoint import watermark_of
+from pipelines.control import STATE_KEY
 from pipelines.feature_store import FeatureStore
 from pipelines.offline_files import partitions
+from pipelines.registry import Registry
 from services import wiring
 from services.settings import Settings
+from services.topic_reader import Newest
 
 DAY = 86_400_000  # ms
+SERVED = {"champion", "retired", "rolled_back"}
 GRACE_S = 3600.0  # who listed a file before it was merged has read it by then
 
 
 @dataclass
 class Done:
-    """Files written by merging, files that retention took rows from, files deleted, online rows forgotten."""
+    """Files written by merging, files that retention took rows from, files deleted, online rows forgotten, versions
+    removed from the registry."""
 
     merged: int = 0
     shortened: int = 0
     deleted: int = 0
     forgotten: int = 0
+    versions: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,14 +43,17 @@ class Done:
     def __str__(self) -> str:
         return (
             f"{self.merged} larger offline files written, {self.shortened} shortened by retention, "
-            f"{self.deleted} old ones deleted, {self.forgotten} dead online rows removed"
+            f"{self.deleted} old ones deleted, {self.forgotten} dead online rows removed, "
+            f"{self.versions} versions that never served removed"
         )
 
 
 def housekeeping(settings: Settings, use_case: UseCase) -> Done:
     """One round for a use case; what it did."""
     with closing(wiring.broker(settings)) as broker, closing(wiring.feature_store(settings, use_case)) as store:
-        return keep_house(settings, use_case, broker, store, time.time())
+        done = keep_house(settings, use_case, broker, store, time.time())
+        done.versions = keep_registry(settings, use_case, broker, wiring.registry(settings), time.time())
+        return done
 
 
 def keep_house(settings: Settings, use_case: UseCase, broker: Broker, store: FeatureStore, now: float) -> Done:
@@ -61,3 +70,20 @@ def keep_house(settings: Settings, use_case: UseCase, broker: Broker, store: Fea
             done.deleted += part.remove(view.name, now - GRACE_S)
     done.forgotten = store.forget(watermark - DAY)
     return done
+
+
+def keep_registry(settings: Settings, use_case: UseCase, broker: Broker, registry: Registry, now: float) -> int:
+    """Remove the versions that are older than `registry_keep_days` and never served; returns how many.
+
+    Those of the newest cut stay: without them the cut would be trained for again.
+    """
+    with closing(Newest(broker, use_case.topic("models"))) as models:
+        served = (models.read().get(STATE_KEY) or {}).get("versions", {})
+    versions = registry.versions(use_case.name)
+    newest = max((int(v.tags["cut"]) for v in versions if v.tags.get("cut") and "refresh_of" not in v.tags), default=0)
+    before = now * 1000 - settings.registry_keep_days * DAY
+    idle = [v for v in versions if v.version not in served and v.tags.get("role") not in SERVED and v.created < before]
+    dead = [v for v in idle if "refresh_of" in v.tags or v.tags.get("cut") != str(newest)]
+    for version in dead:
+        registry.delete(use_case.name, version.version)
+    return len(dead)

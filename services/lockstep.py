@@ -26,6 +26,8 @@ class Lockstep:
     def __init__(self, session: Session, at_tick: AtTick | None = None) -> None:
         self.session, self.at_tick = session, at_tick
         self.steps = ("featurizer", "joiner") if session.http else ("scorer", "joiner")
+        if session.broker.members(session.group("learner")):
+            self.steps += ("learner",)
         self.phases: dict[str, float] = {}
 
     def run(self) -> None:
@@ -52,7 +54,7 @@ class Lockstep:
         marked = time.time()
         s.counts.events += len(sent)
         with Stopwatch(self.phases, "steps"):
-            readable, _ = (self._wait_step(step, tick) for step in self.steps)
+            readable, *_ = (self._wait_step(step, tick) for step in self.steps)
         if s.http:
             with Stopwatch(self.phases, "model"):
                 self._wait_predictor()
@@ -96,18 +98,23 @@ class Lockstep:
         return time.time()
 
     def _wait_predictor(self) -> None:
-        """Until the predictor serves the newest state of the models topic."""
+        """Until the predictor serves the newest state of the models topic, and its champion's newest refresh."""
         s = self.session
-        newest = int(s.models.read().get(b"state", {}).get("generation", 0))
+        models = s.models.read()
+        state = models.get(b"state", {})
+        newest, champion = int(state.get("generation", 0)), state.get("roles", {}).get("champion")
+        refresh = int(models.get(f"refresh:{champion}".encode(), {}).get("number", 0))
         reply: dict[str, Any] = {}
 
         def serves() -> bool:
             nonlocal reply
             reply = s.client.get("/readyz") or {}
-            return bool(reply.get("ready")) and int(reply.get("generation") or 0) >= newest
+            refreshed = "learner" not in self.steps or int(reply.get("refresh") or 0) >= refresh
+            return bool(reply.get("ready")) and int(reply.get("generation") or 0) >= newest and refreshed
 
         def lacking() -> str:
-            return f"{s.client.url}/readyz says {reply or 'nothing'}, awaited generation {newest}: see {s.logs}"
+            wanted = f"generation {newest}, refresh {refresh}"
+            return f"{s.client.url}/readyz says {reply or 'nothing'}, awaited {wanted}: see {s.logs}"
 
         wait_until(serves, lacking, s.plan.deadline_s)
 

@@ -87,6 +87,7 @@ class Predictor:
         messages, answers = [], []
         for row, k, t, vector, score in zip(rows, keys, times, vectors, scores, strict=True):
             served = {"request_id": row.request_id, "score": score, "version": model.version, "arm": ARM}
+            served["refresh"] = model.refresh
             messages.append(self._message(row, k, t, now, vector, served))
             answers.append({**served, "missing": vector.missing, "stale": vector.stale})
         self.spool.append(messages)
@@ -248,7 +249,8 @@ def _openapi(use_case: UseCase, allow_event_time: bool) -> dict[str, Any]:
     row["fields"] = {name: fields[name] for name in Vectorizer(use_case).fields}
     if allow_event_time:
         row["event_time"] = samples["time"]
-    answer = {"request_id": "r-1", "score": 0.25, "version": "3", "arm": ARM, "missing": [], "stale": []}
+    answer = {"request_id": "r-1", "score": 0.25, "version": "3", "arm": ARM}
+    answer |= {"refresh": 417, "missing": [], "stale": []}
     reply = {"application/json": {"schema": {"type": "object"}, "example": {"rows": [answer]}}}
     problem = {"application/json": {"schema": {"type": "object"}, "example": {"error": {"message": "...", "row": 0}}}}
     refusals = {"400": "not JSON", "413": "too big", "422": "not as the contract says", "503": "try again later"}
@@ -276,7 +278,11 @@ def serve(settings: Settings, use_case_name: str, port: int = 0) -> None:
     shipper = Shipper(spool, use_case.topic("predictions"), broker.producer).start()
     registry, models = wiring.registry(settings), settings.home / "models" / use_case.name
     state = ServingState(
-        use_case, broker, slot, lambda version: registry.download(use_case.name, version, models)
+        use_case,
+        broker,
+        slot,
+        lambda version: registry.download(use_case.name, version, models),
+        refreshes=settings.state_url,
     ).start()
     store = FeatureStore(use_case, repo_config(settings.redis), timeout_s=STORE_TIMEOUT_S)
     try:

@@ -12,7 +12,7 @@ from pipelines.runner import CommitPolicy, Runner
 from services import wiring
 from services.settings import Settings
 
-STEPS = ("featurizer", "joiner", "scorer", "control")
+STEPS = ("featurizer", "joiner", "scorer", "learner", "control")
 
 
 def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = False) -> None:
@@ -56,6 +56,11 @@ def _step(settings: Settings, use_case: UseCase, name: str) -> tuple[Callable[[i
         from services.control import Mirror
 
         return lambda partition: ControlStep(use_case), {"on_commit": Mirror(settings, use_case.name)}
+    if name == "learner":
+        from services.learning import Registrar, make_learner
+
+        extras = {"whole": True, "rejects": False, "on_commit": Registrar(settings, use_case)}
+        return make_learner(settings, use_case), extras
     from services.scoring import make_scorer
 
     return make_scorer(settings, use_case), {}

@@ -28,7 +28,8 @@ def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer
     def fetch(version: str) -> Path:
         return registry.download(use_case.name, version, models)
 
-    ServingState(use_case, wiring.broker(settings), slot, fetch).start().wait_caught_up(STARTUP_S)
+    state = ServingState(use_case, wiring.broker(settings), slot, fetch, refreshes=settings.state_url)
+    state.start().wait_caught_up(STARTUP_S)
     decoder = RequestDecoder(use_case, allow_event_time=True, new_id=lambda: str(time.time_ns()))
 
     def parse(entities: Row, fields: Row) -> tuple[Row, Row]:

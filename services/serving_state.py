@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -9,17 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import fsspec
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from features.errors import PenstockError, UnavailableError
+from features.errors import InputError, PenstockError, UnavailableError
 from features.inputs import Inputs
 from features.usecase import ModelInputs, UseCase
 from features.vectors import Vectorizer
 from pipelines.broker import Broker, Consumer, Record
 from pipelines.checkpoint import unserved_views
+from pipelines.learning import REFRESH_KEY, Refresh
 from pipelines.onnx_model import OnnxModel
 
 log = structlog.get_logger()
@@ -33,6 +36,7 @@ class Model(Protocol):
     """What scores: a version, or the prior."""
 
     version: str
+    refresh: int
     inputs: ModelInputs
 
     def score(self, inputs: Inputs) -> npt.NDArray[np.float32]:
@@ -42,7 +46,7 @@ class Model(Protocol):
 class Prior:
     """The answer before the first version: the use case's prior for everyone."""
 
-    version = PRIOR
+    version, refresh = PRIOR, 0
     inputs = ModelInputs(())
 
     def __init__(self, value: float) -> None:
@@ -91,6 +95,7 @@ class ServingState:
     """The thread that follows `<uc>.models`.
 
     fetch : version -> folder with its files; UnavailableError (and anything that is no PenstockError) is tried again
+    refreshes : where the learner's files are (`state_url`)
     pauses : first and longest pause between tries, seconds
     """
 
@@ -101,6 +106,7 @@ class ServingState:
         slot: ModelSlot,
         fetch: Callable[[str], Path],
         *,
+        refreshes: str = "",
         pauses: tuple[float, float] = (0.2, 10.0),
     ) -> None:
         self.status = Status()
@@ -110,6 +116,9 @@ class ServingState:
         self.unserved: frozenset[str] = frozenset()
         self._asked = 0.0
         self._newest: State | None = None
+        self._refreshes_url = refreshes
+        self._refreshes: dict[str, Refresh] = {}
+        self._tried: tuple[str, int] = ("", 0)
         self._stop = threading.Event()
         self._caught_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="serving-state", daemon=True)
@@ -168,13 +177,19 @@ class ServingState:
         return bool(partitions) and all(consumer.at_end(p) for p in partitions)
 
     def _read(self, record: Record) -> None:
-        if record.key != STATE_KEY or record.value is None:
+        """Take in a state or a refresh; one that is damaged is skipped."""
+        if record.key is None or record.value is None:
             return
         try:
-            state = msgspec.json.decode(record.value, type=State)
+            if record.key == STATE_KEY:
+                self._read_state(msgspec.json.decode(record.value, type=State))
+            elif record.key.startswith(REFRESH_KEY.encode()):
+                refresh = msgspec.json.decode(record.value, type=Refresh)
+                self._refreshes[refresh.version] = refresh
         except msgspec.DecodeError as error:
-            log.error("a serving state can't be read and is skipped", offset=record.offset, error=str(error))
-            return
+            log.error("a record of what serves can't be read and is skipped", offset=record.offset, error=str(error))
+
+    def _read_state(self, state: State) -> None:
         if self.status.seen is None or state.generation >= self.status.seen:
             self._newest, self.status.seen = state, state.generation
             self._pause, self._retry_at = self._pauses[0], 0.0
@@ -183,20 +198,17 @@ class ServingState:
         return self.status.caught_up and self.status.generation == self.status.seen
 
     def _apply(self) -> None:
-        """Make the newest state the one that serves, unless it is or its next try is not due."""
-        if self._is_applied():
-            self.status.problem = ""
-            return
+        """Make the newest state, and its champion's newest refresh, what serves, unless the next try is not due."""
         if time.monotonic() < self._retry_at:
             return
-        state = self._newest
-        if state is not None:
-            try:
-                self._serve(state.roles.get("champion"))
-            except UnavailableError as error:
-                self._try_later(error)
-                return
-            self.status.generation = state.generation
+        try:
+            if self._newest is not None and not self._is_applied():
+                self._serve(self._newest.roles.get("champion"))
+                self.status.generation = self._newest.generation
+            self._refresh(self._slot.current)
+        except UnavailableError as error:
+            self._try_later(error)
+            return
         self.status.problem = ""
         self.status.caught_up = True
         self._caught_up.set()
@@ -228,6 +240,34 @@ class ServingState:
         self._vectorizer.check(model.inputs)
         return model
 
+    def _refresh(self, model: Model) -> None:
+        """Swap in the newest refresh of the version that serves; one that is refused leaves the weights at hand."""
+        newest = self._refreshes.get(model.version)
+        if newest is None or not isinstance(model, OnnxModel) or newest.number <= model.refresh or not newest.file:
+            return
+        if self._tried == (model.version, newest.number):
+            return
+        try:
+            self._slot.swap(model.refreshed(self._refresh_file(newest), newest.score, newest.number))
+        except InputError as error:
+            log.error("refresh refused, the weights before it go on", error=str(error))
+            self.status.refused[f"{model.version} refresh"] = str(error)
+            self._tried = (model.version, newest.number)
+
+    def _refresh_file(self, refresh: Refresh) -> bytes:
+        """The refresh's graph; InputError when it is not what its record says."""
+        name = f"refresh {refresh.number} of version {refresh.version}"
+        try:
+            with fsspec.open(f"{self._refreshes_url}/{refresh.file}", "rb") as file:
+                graph = bytes(file.read())
+        except FileNotFoundError:
+            raise InputError(f"{name} is gone: {refresh.file}") from None
+        except OSError as error:
+            raise UnavailableError(f"{name} can't be read: {error}") from error
+        if hashlib.sha256(graph).hexdigest() != refresh.sha256:
+            raise InputError(f"{name} is refused: {refresh.file} has another SHA-256 than its record says")
+        return graph
+
     def _try_later(self, error: PenstockError) -> None:
         if not self.status.problem:
             log.warning("version can't be fetched, trying again", error=str(error))
@@ -242,6 +282,7 @@ class ServingState:
             "ready": status.caught_up,
             "generation": status.generation,
             "champion": self._slot.current.version,
+            "refresh": self._slot.current.refresh,
             "refused": dict(status.refused),
         }
         waiting = "" if status.caught_up else f"{self._use_case.topic('models')} is not read to its end yet"

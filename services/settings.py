@@ -26,6 +26,9 @@ class Settings:
     kafka_security, kafka_username, kafka_password, kafka_cafile : for a broker with SASL or TLS
     state_url : where snapshots and Parquet files live (fsspec: a path or s3://...)
     offline_keep_days : of the offline rows, those needed to answer for so many days back; 0 keeps all
+    refresh_every_s : event time between two refreshes of the champion
+    register_every_s : how often the champion's newest refresh becomes a version of the registry
+    registry_keep_days : how long versions stay that never served
     train_compression : what Horovod's ranks send each other: none, fp16 or powersgd:RANK
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
     """
@@ -49,6 +52,9 @@ class Settings:
     allow_event_time: bool = False
     commit_interval_s: float = 0.5
     idle_timeout_s: float = 0.05
+    refresh_every_s: float = 3.0
+    register_every_s: float = 900.0
+    registry_keep_days: float = 1.0
     spool_max_mb: int = 1024
 
     @classmethod

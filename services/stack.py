@@ -41,12 +41,14 @@ class Selection:
     """Which part of the stack to run: all of it, or `only` these services and what they need.
 
     own : our processes (featurizer+joiner, predictor, control); False leaves the infrastructure
+    learner : the continuous learner, one of ours
     """
 
     use_cases: tuple[str, ...] = ()
     airflow: bool = True
     own: bool = True
     only: tuple[str, ...] = ()
+    learner: bool = True
 
     def of(self, services: Sequence[Service]) -> list[Service]:
         """The selected services, each with what it needs; ConfigError on a name that none has."""
@@ -62,8 +64,9 @@ class Selection:
         return [s for s in services if s.name in names]
 
     def _has(self, service: Service) -> bool:
-        ours = service.name.startswith(("featurizer", "predictor-", "control-"))
-        return (self.own or not ours) and (self.airflow or not service.name.startswith("airflow-"))
+        ours = service.name.startswith(("featurizer", "predictor-", "control-", "learner-"))
+        learner, airflow = (service.name.startswith(part) for part in ("learner-", "airflow-"))
+        return (self.own or not ours) and (self.airflow or not airflow) and (self.learner or not learner)
 
 
 def up(
@@ -74,9 +77,10 @@ def up(
     airflow: bool = True,
     own: bool = True,
     only: Sequence[str] = (),
+    learner: bool = True,
 ) -> int:
     """`penstock up`: start the stack and stay until Ctrl-C; with `detach` return when it is ready."""
-    selection = Selection(tuple(use_cases), airflow, own, tuple(only))
+    selection = Selection(tuple(use_cases), airflow, own, tuple(only), learner)
     if state := _supervised(settings):
         print(f"already running since {time.strftime('%H:%M:%S', time.localtime(state['created']))}: {settings.home}")
         print(table(status(settings)))
@@ -171,14 +175,16 @@ def running(
     own: bool = True,
     only: Sequence[str] = (),
     keep: bool = False,
+    learner: bool = False,
 ) -> Iterator[Settings]:
     """The stack for the time of a `with` block; yields the settings to reach it with.
 
+    learner : with the continuous learner
     keep : leave it running when the block ends well. Without, it also stops when this process is killed.
     """
     if _supervised(settings):
         raise StateError(f"a stack is already running in {settings.home}: stop it with `penstock down`")
-    process = _start(settings, Selection(tuple(use_cases), airflow, own, tuple(only)), keep=keep)
+    process = _start(settings, Selection(tuple(use_cases), airflow, own, tuple(only), learner), keep=keep)
     kept = False
     try:
         yield prepared(settings)
@@ -323,7 +329,8 @@ def _members(state: Mapping[str, Any]) -> list[psutil.Process]:
 def supervise(arguments: str) -> int:
     """The supervisor itself, in its own process: `python -m services.stack '{"use_cases": ["flights"], ...}'`."""
     chosen: dict[str, Any] = json.loads(arguments)
-    selection = Selection(tuple(chosen["use_cases"]), chosen["airflow"], chosen["own"], tuple(chosen["only"]))
+    chosen |= {"use_cases": tuple(chosen["use_cases"]), "only": tuple(chosen["only"])}
+    selection = Selection(**chosen)
     settings = Settings.load()
     began = time.monotonic()
 

@@ -13,11 +13,12 @@ from features.errors import UnavailableError
 from features.usecase import UseCase, load
 from pipelines.broker import Broker
 from pipelines.checkpoint import watermark_of
+from pipelines.learning import REFRESH_KEY
 from services import rollout, stack, wiring
 from services.settings import Settings
-from services.topic_reader import read_all
+from services.topic_reader import Newest, read_all
 
-STEPS = ("featurizer", "joiner", "control")
+STEPS = ("featurizer", "joiner", "learner", "control")
 
 
 def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
             result["steps"] = {step: _step(broker, use_case, step) for step in STEPS}
             result["rejected"] = dict(Counter(_reasons(broker, use_case)))
         result["serving"] = rollout.status(settings, use_case.name)
+        result["learner"] = _refresh(settings, use_case, result["serving"]["roles"]["champion"])
     except UnavailableError as error:
         result["problem"] = str(error)
     return result
@@ -37,6 +39,13 @@ def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
 def _reasons(broker: Broker, use_case: UseCase) -> list[str]:
     records = read_all(broker, use_case.topic("rejected"))
     return [msgspec.json.decode(r.value)["reason"] for r in records if r.value]
+
+
+def _refresh(settings: Settings, use_case: UseCase, champion: str | None) -> dict[str, Any] | None:
+    """The champion's newest refresh and the learner's ledger of it; None before the first."""
+    with contextlib.closing(Newest(wiring.broker(settings), use_case.topic("models"))) as models:
+        found = models.read().get(f"{REFRESH_KEY}{champion}".encode())
+    return {name: value for name, value in found.items() if name != "score"} if found else None
 
 
 def _step(broker: Broker, use_case: UseCase, step: str) -> dict[str, Any]:
@@ -49,7 +58,7 @@ def _step(broker: Broker, use_case: UseCase, step: str) -> dict[str, Any]:
         ends = consumer.end_offsets(list(positions))
         consumer.close()
         lag = sum(max(0, ends[tp] - p.offset) for tp, p in positions.items())
-    mark = watermark_of(broker, group, 1 if step == "control" else use_case.partitions)
+    mark = watermark_of(broker, group, 1 if step in ("control", "learner") else use_case.partitions)
     return {"watermark": mark, "lag": lag, "members": broker.members(group)}
 
 
@@ -64,4 +73,14 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(f"  {name:12} watermark {at}, {step['lag']} records behind, {step['members']} running")
     rejected = ", ".join(f"{n} {reason}" for reason, n in sorted(result["rejected"].items()))
     lines.append(f"  rejected     {rejected or 'none'}")
-    return "\n".join([*lines, rollout.as_text(result["serving"])])
+    return "\n".join([*lines, rollout.as_text(result["serving"]), *_refreshed(result["learner"])])
+
+
+def _refreshed(refresh: dict[str, Any] | None) -> list[str]:
+    if refresh is None:
+        return []
+    at = datetime.fromtimestamp(refresh["latest_label_time"] / 1000, UTC).isoformat(timespec="seconds")
+    told = f"{refresh['learned']:,} examples learned, {refresh['skipped']:,} skipped"
+    skipped = [s for s in refresh["spans"] if s["reason"]]
+    lines = [f"  refreshed    version {refresh['version']} refresh {refresh['number']}, labels up to {at}; {told}"]
+    return lines + [f"    skipped    {s['examples']:,} at {s['offsets']}: {s['reason']}" for s in skipped[-5:]]

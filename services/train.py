@@ -65,7 +65,7 @@ def train(settings: Settings, name: str, ranks: int, timeline: Path | None = Non
             return TrainResult(None, None, f"{name}: no cut has been announced yet, nothing to train")
         state = _state(broker, use_case)
         versions = registry.versions(name)
-        if same := [v for v in versions if v.tags.get("cut") == str(cut)]:
+        if same := [v for v in versions if v.tags.get("cut") == str(cut) and "refresh_of" not in v.tags]:
             return _already(name, cut, same[-1], state)
         if not versions and total < use_case.min_examples:
             few = f"{total:,} examples before the cut {iso(cut)}, the first version waits for {use_case.min_examples:,}"

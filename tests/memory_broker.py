@@ -93,9 +93,10 @@ class MemoryBroker:
         on_assigned: RebalanceCallback | None = None,
         on_revoked: RebalanceCallback | None = None,
         from_end: bool = False,
+        together: bool = False,
     ) -> Consumer:
         self.partitions(topics)
-        return MemoryConsumer(self, list(topics), group, on_assigned, on_revoked, from_end)
+        return MemoryConsumer(self, list(topics), group, on_assigned, on_revoked, from_end, together)
 
     def producer(self, *, transactional_id: str | None = None) -> Producer:
         with self.changed:
@@ -139,8 +140,10 @@ class MemoryConsumer:
         on_assigned: RebalanceCallback | None,
         on_revoked: RebalanceCallback | None,
         from_end: bool,
+        together: bool = False,
     ) -> None:
         self._broker, self._topics, self._group_name = broker, topics, group
+        self._together = together
         self._on_assigned, self._on_revoked, self._from_end = on_assigned, on_revoked, from_end
         self._positions: dict[TopicPartition, int] = {}
         self._paused: set[TopicPartition] = set()
@@ -197,7 +200,9 @@ class MemoryConsumer:
     def _share(self) -> list[TopicPartition]:
         """A range of partition numbers, the same for every topic."""
         members = self.group.members
-        mine, count = members.index(self), len(members)
+        mine, count = members.index(self), 1 if self._together else len(members)
+        if self._together and mine:
+            return []
 
         def owner(partition: TopicPartition) -> int:
             size, extra = divmod(self._broker.topics[partition[0]], count)

@@ -54,7 +54,7 @@ def save_model(folder: Path, bias: float = 0.0, inputs: ModelInputs = use_case.i
     (folder / "inputs.json").write_text(json.dumps(inputs.as_json()))
     numbers = [[float(i), *[None] * (f - 1)] for i in range(8)]
     ids = [[0] * c] * 8
-    score = _session(folder / "model.onnx", inputs).run(
+    score = _session((folder / "model.onnx").read_bytes(), inputs).run(
         ["score"], {"numbers": np.array(numbers, np.float32), "ids": np.array(ids, np.int64)}
     )[0]
     (folder / "example.json").write_text(json.dumps({"numbers": numbers, "ids": ids, "score": score.tolist()}))

@@ -28,7 +28,7 @@ HOME_OF = {  # vendor -> the files that may know it
     "duckdb": {"pipelines/offline_store.py"},
     "onnxruntime": {"pipelines/onnx_model.py"},
     "horovod": {"pipelines/training.py", "benchmarks/ranks.py"},
-    "torch": {f"pipelines/{name}.py" for name in ("net", "training", "trees", "online", "compression")}
+    "torch": {f"pipelines/{name}.py" for name in ("net", "training", "trees", "online", "refresher", "compression")}
     | {"benchmarks/ranks.py"},
     "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
     "lightgbm": {"pipelines/baselines.py"},

@@ -525,3 +525,15 @@ def test_callbacks_run_in_poll_and_may_ask_and_seek(broker: Broker, topic: str) 
     assert [r.offset for r in read(consumer, 2)] == [2, 3]
     assert seen == [{}]
     consumer.close()
+
+
+def test_partitions_that_belong_together_have_one_owner_and_then_the_next(broker: Broker, topic: str) -> None:
+    group, everything = f"{topic}.group", {(topic, 0), (topic, 1)}
+    members = [Member(broker, [topic], group, together=True) for _ in range(2)]
+    until(lambda: broker.members(group) == 2, "two members")
+    until(lambda: sorted(len(m.share) for m in members) == [0, 2], "one owner of everything")
+    (holder,) = (m for m in members if m.share)
+    (heir,) = (m for m in members if m is not holder)
+    holder.close()
+    until(lambda: heir.share == everything, "the heir owns everything")
+    heir.close()

@@ -97,6 +97,20 @@ def test_a_cached_version_needs_no_server(server: str, files: Path, tmp_path: Pa
 
 
 @pytest.mark.integration
+def test_a_deleted_version_leaves_no_files(server: str, files: Path, tmp_path: Path) -> None:
+    registry = Registry(server)
+    began = time.time() * 1000
+    for cut in "12":
+        registry.register("gone", files, {}, {"cut": cut})
+    assert all(began - 1000 <= v.created <= time.time() * 1000 + 1000 for v in registry.versions("gone"))
+    registry.delete("gone", "1")
+    assert [v.version for v in registry.versions("gone")] == ["2"]
+    assert registry.download("gone", "2", tmp_path).exists()
+    with pytest.raises(InputError):
+        registry.download("gone", "1", tmp_path)
+
+
+@pytest.mark.integration
 def test_an_unknown_version_is_one_line(server: str, files: Path, tmp_path: Path) -> None:
     Registry(server).register("known", files, {}, {"cut": "1"})
     with pytest.raises(InputError, match="99") as caught:

@@ -25,10 +25,11 @@ from pipelines.checkpoint import read_snapshot
 from pipelines.featurizer import Featurizer
 from pipelines.offline_files import FAN, partitions
 from pipelines.offline_store import PenstockOfflineStoreConfig, historical_features
+from pipelines.registry import Version
 from pipelines.runner import CommitPolicy, Runner
 from services import wiring
 from services.cli import app
-from services.housekeeping import DAY, Done, keep_house
+from services.housekeeping import DAY, Done, keep_house, keep_registry
 from services.settings import Settings
 from tests.memory_broker import MemoryBroker
 from tests.toy import shop_item
@@ -168,12 +169,46 @@ def test_the_command_prints_what_it_did(house: House, monkeypatch: pytest.Monkey
     monkeypatch.setattr(wiring, "broker", lambda settings: closable(house.broker))
     monkeypatch.setattr(Settings, "load", classmethod(lambda cls: house.settings))
     monkeypatch.setattr("features.usecase.load", lambda name: use_case)
+    monkeypatch.setattr(wiring, "registry", lambda settings: Versions())
+    house.broker.create_topics({"toy.models": {}}, 1)
     house.run(10)
     result = CliRunner().invoke(app, ["housekeeping", "toy", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["merged"] == 2
     result = CliRunner().invoke(app, ["housekeeping", "toy"])
     assert "0 larger offline files written" in result.stdout
+
+
+class Versions:
+    """A registry: what it has, and what was deleted."""
+
+    def __init__(self, *versions: Version) -> None:
+        self.there, self.deleted = list(versions), list[str]()
+
+    def versions(self, name: str) -> list[Version]:
+        return self.there
+
+    def delete(self, name: str, version: str) -> None:
+        self.deleted.append(version)
+
+
+def test_versions_that_never_served_go_but_those_of_the_newest_cut(house: House) -> None:
+    now = 100 * DAY
+    old = {
+        "1": {"cut": "10", "role": "retired"},
+        "2": {"cut": "20", "role": "refused"},
+        "3": {"cut": "30"},
+        "4": {"cut": "30", "refresh_of": "3"},
+        "5": {"cut": "25"},
+        "6": {"cut": "26", "role": "rolled_back"},
+    }
+    versions = [Version(name, tags, {}, now - 2 * DAY) for name, tags in old.items()]
+    registry = Versions(*versions, Version("7", {"cut": "30", "refresh_of": "3"}, {}, now - DAY // 2))
+    house.broker.create_topics({"toy.models": {}}, 1)
+    state = {"roles": {"champion": "5"}, "versions": {"5": {}}}
+    house.broker.producer().send([Message("toy.models", json.dumps(state).encode(), b"state")])
+    assert keep_registry(house.settings, use_case, house.broker, registry, now / 1000) == 2  # type: ignore[arg-type]
+    assert registry.deleted == ["2", "4"]
 
 
 def closable(broker: Any) -> Any:

@@ -130,7 +130,8 @@ def test_a_view_that_waits_for_its_backfill_reads_as_missing(service: Service) -
 def test_the_prior_answers_before_the_first_version(service: Service) -> None:
     stored(service)
     reply = service.predict({"rows": [ROW]})
-    answer = {"request_id": "r1", "score": 0.3, "version": "prior", "arm": "champion", "missing": [], "stale": []}
+    answer = {"request_id": "r1", "score": 0.3, "version": "prior", "arm": "champion", "refresh": 0}
+    answer |= {"missing": [], "stale": []}
     assert (reply.status_code, reply.json()) == (200, {"rows": [answer]})
     assert reply.headers["content-type"] == "application/json"
 
@@ -160,6 +161,7 @@ def test_the_record_holds_what_was_served(service: Service) -> None:
         "schema": Vectorizer(use_case).schema_id,
         "feature_times": {"all_orders": NOW - 9, "shop_item": NOW - 5},
         "version": "prior",
+        "refresh": 0,
         "arm": "champion",
         "score": 0.3,
         "shadow": {},

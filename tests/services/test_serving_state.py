@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from features.errors import UnavailableError
 from features.inputs import Inputs
 from features.usecase import ModelInputs
 from pipelines.broker import Message
+from pipelines.learning import Refresh
 from services.serving_state import ModelSlot, Prior, ServingState
 from tests.memory_broker import MemoryBroker
 from tests.models import save_model
@@ -47,8 +52,22 @@ class World:
         self.state: ServingState | None = None
 
     def follow(self) -> ServingState:
-        self.state = ServingState(use_case, self.broker, self.slot, self.registry, pauses=(0.01, 0.05)).start()
+        self.state = ServingState(
+            use_case, self.broker, self.slot, self.registry, refreshes=str(self.registry.folder), pauses=(0.01, 0.05)
+        ).start()
         return self.state
+
+    def refresh(self, version: str, number: int, bias: float, **wrong: Any) -> None:
+        """Publish a refresh of a version: another bias, and what that scores the recorded example."""
+        made = save_model(self.registry.folder / f"refresh-{number}", bias=bias)
+        graph, score = (made / "model.onnx").read_bytes(), json.loads((made / "example.json").read_bytes())["score"]
+        record = Refresh(version, number, f"refresh-{number}/model.onnx", hashlib.sha256(graph).hexdigest(), score)
+        self.send(msgspec.json.encode(msgspec.structs.replace(record, **wrong)), f"refresh:{version}".encode())
+
+    def answer(self) -> float:
+        """What the model in the slot says to a row of zeros."""
+        f, c = len(use_case.inputs.numbers), len(use_case.inputs.categories)
+        return float(self.slot.current.score(Inputs(np.zeros((1, f), np.float32), np.zeros((1, c), np.int64)))[0])
 
     def publish(self, generation: int, champion: str | None, **more: Any) -> None:
         value = {"generation": generation, "roles": {"champion": champion}, "shares": {}, "versions": {}, **more}
@@ -110,6 +129,51 @@ def test_other_keys_and_damaged_states_are_skipped(world: World) -> None:
     world.publish(2, "2", unknown=[1])
     world.follow()
     world.reports(generation=2, champion="2")
+
+
+def test_the_champions_newest_refresh_serves(world: World) -> None:
+    world.publish(1, "1")
+    world.refresh("1", 3, bias=-1.0)
+    world.refresh("2", 9, bias=4.0)
+    state = world.follow()
+    assert state.wait_caught_up(5) and state.report()["refresh"] == 3  # before it is ready
+    assert world.answer() == pytest.approx(1 / (1 + math.e), abs=1e-6)
+    world.refresh("1", 4, bias=-2.0)
+    world.reports(champion="1", refresh=4)
+    world.publish(2, "2")
+    world.reports(champion="2", refresh=9)
+    world.publish(3, "3")
+    world.reports(champion="3", refresh=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"sha256": "0" * 64}, "SHA-256"),
+        ({"score": [0.5] * 8}, "scores differently"),
+        ({"file": "not/there.onnx"}, "is gone"),
+    ],
+)
+def test_a_refresh_that_is_not_what_its_record_says_is_refused(world: World, wrong: Any, reason: str) -> None:
+    world.publish(1, "1")
+    world.refresh("1", 1, bias=-1.0)
+    world.follow()
+    world.reports(refresh=1)
+    world.refresh("1", 2, bias=-2.0, **wrong)
+    assert world.state
+    eventually(lambda: reason in world.state.report()["refused"].get("1 refresh", ""))  # type: ignore[union-attr]
+    assert world.state.report()["refresh"] == 1 and world.answer() == pytest.approx(1 / (1 + math.e), abs=1e-6)
+    world.refresh("1", 3, bias=0.0)
+    world.reports(refresh=3)
+
+
+def test_a_refresh_that_answers_nan_is_refused(world: World) -> None:
+    world.publish(1, "1")
+    world.follow()
+    world.refresh("1", 1, bias=math.nan, score=[0.5] * 8)
+    assert world.state
+    eventually(lambda: "1 refresh" in world.state.report()["refused"])  # type: ignore[union-attr]
+    assert world.state.report()["refresh"] == 0
 
 
 def test_a_version_that_does_not_load_is_refused_and_the_old_one_goes_on(world: World) -> None:
@@ -175,8 +239,6 @@ def test_a_broker_that_is_away_is_asked_again(world: World, monkeypatch: pytest.
 
 def test_no_batch_sees_two_models(world: World) -> None:
     """A scoring thread that never stops sees every version whole while they are swapped under it."""
-    import numpy as np
-
     world.follow()
     seen: dict[str, set[float]] = {}
     stop = threading.Event()

@@ -154,14 +154,16 @@ SERVICES = (
     service("postgres"),
     service("airflow-api", "postgres"),
     service("control-flights", "kafka"),
+    service("learner-flights", "kafka"),
 )
 
 
 @pytest.mark.parametrize(
     ("selection", "names"),
     [
-        (stack.Selection(), ["kafka", "postgres", "airflow-api", "control-flights"]),
-        (stack.Selection(airflow=False), ["kafka", "postgres", "control-flights"]),
+        (stack.Selection(), ["kafka", "postgres", "airflow-api", "control-flights", "learner-flights"]),
+        (stack.Selection(airflow=False), ["kafka", "postgres", "control-flights", "learner-flights"]),
+        (stack.Selection(learner=False), ["kafka", "postgres", "airflow-api", "control-flights"]),
         (stack.Selection(own=False), ["kafka", "postgres", "airflow-api"]),
         (stack.Selection(only=("airflow-api",)), ["postgres", "airflow-api"]),
     ],
