@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from features.contracts import Contract
 from features.errors import ConfigError
-from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints
+from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints, enter, look_up
 from features.windows import RAW, SCALED, as_ordered, is_null
 
 Columns = dict[str, NDArray[Any]]
@@ -29,20 +29,49 @@ class Coder(dict[Any, int]):
         self.used = 0
         self.free: list[int] = []
         self.sweep_at = SWEEP_AT
+        self._index()
 
     def __missing__(self, value: Any) -> int:
-        if self.free:
-            code = self.free.pop()
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            code = int(self.encode_integers(np.array([value], np.int64))[0])
         else:
-            code, self.used = self.used, self.used + 1
-            if self.used == len(self.values_of):
-                self.values_of = np.concatenate([self.values_of, np.full(self.used, None, object)])
-        self.values_of[code] = value
+            code = self._new()
+            self.values_of[code] = value
         self[value] = code
         return code
 
+    def _new(self) -> int:
+        if self.free:
+            return self.free.pop()
+        self.used += 1
+        if self.used == len(self.values_of):
+            self.values_of = np.concatenate([self.values_of, np.full(self.used, None, object)])
+        return self.used - 1
+
     def encode(self, values: Sequence[Any]) -> Ints:
         return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
+
+    def encode_integers(self, values: Ints) -> Ints:
+        """The same for integers, in a table of their own: a million entries of a dictionary are slow to visit."""
+        codes = np.empty(len(values), np.int64)
+        look_up(self.integers, values, codes)
+        unknown = codes < 0
+        if unknown.any():
+            new, which = np.unique(values[unknown], return_inverse=True)
+            given = np.array([self._new() for _ in new], np.int64)
+            self.values_of[given] = new
+            if 2 * self.used > len(self.integers):
+                self._index()
+            enter(self.integers, new, given)
+            codes[unknown] = given[which]
+        return codes
+
+    def _index(self) -> None:
+        """Make the integers' table anew."""
+        values = self.values_of[: self.used]
+        codes = np.flatnonzero(np.fromiter((type(v) is int for v in values), bool, self.used))
+        self.integers = np.full((1 << (4 * self.used + 15).bit_length(), 2), -1, np.int64)
+        enter(self.integers, values[codes].astype(np.int64), codes)
 
     def decode(self, codes: Ints) -> NDArray[Any]:
         """What the codes stand for; -1 and NULL are None."""
@@ -60,9 +89,11 @@ class Coder(dict[Any, int]):
         for codes in used:
             gone[codes[codes >= 0]] = False
         for code in np.flatnonzero(gone).tolist():
-            del self[self.values_of[code]]
+            self.pop(self.values_of[code], None)
             self.values_of[code] = None
             self.free.append(code)
+        if gone.any():
+            self._index()
         self.sweep_at = max(SWEEP_AT, 2 * (self.used - len(self.free)))
 
     def snapshot(self) -> list[Any]:
@@ -75,6 +106,7 @@ class Coder(dict[Any, int]):
         self.values_of = np.full(2 * self.used + 1024, None, object)
         self.values_of[: self.used] = values
         self.update((value, code) for code, value in enumerate(values) if value is not None)
+        self._index()
 
 
 class Source(Columns):
@@ -90,6 +122,10 @@ class Source(Columns):
             raise ConfigError(f"no column {name!r}: contract {self.contract.name} has {self.contract.names}")
         self[name] = made = column(self.values_of(name), field.type, field.optional)
         return made
+
+    def whole(self, name: str) -> bool:
+        """Whether a field is always an integer."""
+        return any(f.name == name and f.type in (int, "time") and not f.optional for f in self.contract.fields)
 
     def values_of(self, name: str) -> list[Any]:
         """A field's plain values."""
@@ -113,9 +149,16 @@ class Prepared:
         """A column's values as codes."""
         made = self._made.get((name, "codes"))
         if made is None:
-            values = self.derived[name].tolist() if name in self.derived else self.source.values_of(name)
-            made = self._made[name, "codes"] = self.coder.encode(values)
+            made = self._made[name, "codes"] = self._codes(name)
         return made
+
+    def _codes(self, name: str) -> Ints:
+        if name in self.derived or self.source.whole(name):
+            column = self.column(name)
+            if column.dtype == np.int64:
+                return self.coder.encode_integers(column)
+            return self.coder.encode(column.tolist())
+        return self.coder.encode(self.source.values_of(name))
 
     def matrix(self, names: tuple[str, ...]) -> Ints:
         """[n, keys] the codes of several columns."""

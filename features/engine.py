@@ -345,8 +345,9 @@ def compile_kernels() -> None:
     """Compile what engines run, once per machine: seconds, and a moment when numba has it on disk."""
     none, rows = np.zeros(0, np.int64), np.zeros((0, 0), np.int64)
     plan = (Aggregate("n", "n", "count_distinct", 2, 1, 1, INTEGER),)
-    windows = ViewWindows(plan, 0, {"n": INTEGER})
-    windows.advance(Input(rows, none, none, none, np.zeros((1, 0), np.int64)), 0, Coder().decode)
+    windows, coder = ViewWindows(plan, 0, {"n": INTEGER}), Coder()
+    coder.encode_integers(none)
+    windows.advance(Input(rows, none, none, none, np.zeros((1, 0), np.int64)), 0, coder.decode)
     rehash(windows.plan, windows.state, none)
     rehash_known(windows.state, none)
     Timers(TimerRule({}), 0).run(Operations(none, none, none, none, rows), 0, 0)

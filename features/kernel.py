@@ -95,7 +95,8 @@ class Input(NamedTuple):
 
 class Output(NamedTuple):
     """Rows in time order: slot, key codes [R, K], time, whether it is its key's newest, features [F, R] as integers and
-    the same memory as floats, lists [R, depths]; and room to note the slots of one instant and the terms of one event.
+    the same memory as floats, lists [R, depths]; and room to note the slots of one instant, those of the events if they
+    have one, and the terms of one event.
     """
 
     slots: Ints
@@ -106,6 +107,7 @@ class Output(NamedTuple):
     floats: NDArray[np.float64]
     lists: Ints
     touched: Ints
+    found: Ints
     terms: Ints
 
 
@@ -115,6 +117,8 @@ def advance(plan: Plan, state: State, events: Input, watermark: int, out: Output
     meta, n, groups = state.meta, len(events.come), len(plan.groups)
     i = rows = 0
     meta[CALLS] += 1
+    for j in range(n):  # at once, so that the memory's answers overlap
+        out.found[j] = _find(plan, state, events.codes[j])
     while True:
         t = NEVER
         for g in range(groups):
@@ -205,7 +209,9 @@ def _apply(plan: Plan, state: State, events: Input, i: int, out: Output, n: int)
         if leaves <= come:
             continue
         if slot < 0:
-            slot = _slot_of(plan, state, events.codes[i])
+            slot = out.found[i]
+            if slot < 0:
+                slot = _slot_of(plan, state, events.codes[i])
         place = plan.groups[g, 2] + (tile & plan.groups[g, 3])
         e = _entry(plan, state, slot, g, tile, place)
         state.meta[GROUPS + 2 * g] = min(state.meta[GROUPS + 2 * g], leaves)
@@ -291,44 +297,53 @@ def _hash(hashed: int, value: int) -> int:
 
 
 @inlined
-def _slot_of(plan: Plan, state: State, codes: Ints) -> int:
-    """The slot of a key, a new one if it has none."""
+def _place(plan: Plan, table: Ints, keys: Ints) -> int:
+    """Where the probe for a key begins."""
     hashed = 0
     for k in range(plan.keys):
-        hashed = _hash(hashed, codes[k])
-    mask = len(state.table) - 1
-    place, free = hashed & mask, -1
+        hashed = _hash(hashed, keys[k])
+    return hashed & (len(table) - 1)
+
+
+@inlined
+def _find(plan: Plan, state: State, codes: Ints) -> int:
+    """The slot of a key, -1 if it has none."""
+    place = _place(plan, state.table, codes)
     while state.table[place] != -1:
         slot = state.table[place]
-        if slot == -2:
-            free = place if free < 0 else free
-        else:
-            same = True
-            for k in range(plan.keys):
-                same = same and state.slots[slot, KEYS + k] == codes[k]
-            if same:
-                return slot
-        place = (place + 1) & mask
+        same = slot >= 0
+        for k in range(plan.keys):
+            same = same and state.slots[slot, KEYS + k] == codes[k]
+        if same:
+            return slot
+        place = (place + 1) & (len(state.table) - 1)
+    return -1
+
+
+@inlined
+def _slot_of(plan: Plan, state: State, codes: Ints) -> int:
+    """The slot of a key, a new one if it has none."""
+    slot = _find(plan, state, codes)
+    if slot >= 0:
+        return slot
     slot = _take(state.slots, state.meta, FREE_SLOT, SLOTS, ROW)
     state.slots[slot] = 0
     state.slots[slot, plan.open_at : plan.totals_at] = -1
     state.slots[slot, plan.queues_at : plan.queues_at + 2 * len(plan.groups) * len(plan.extremes)] = -1
     for k in range(plan.keys):
         state.slots[slot, KEYS + k] = codes[k]
-    if free < 0:
-        state.meta[TABLED] += 1
-        free = place
-    state.table[free] = slot
+    place = _place(plan, state.table, codes)
+    while state.table[place] >= 0:
+        place = (place + 1) & (len(state.table) - 1)
+    state.meta[TABLED] += state.table[place] == -1
+    state.table[place] = slot
     return slot
 
 
 @inlined
 def _free_slot(plan: Plan, state: State, slot: int) -> None:
     """Forget a key whose windows are all empty; its codes stay readable until the next call."""
-    hashed = 0
-    for k in range(plan.keys):
-        hashed = _hash(hashed, state.slots[slot, KEYS + k])
-    place = hashed & (len(state.table) - 1)
+    place = _place(plan, state.table, state.slots[slot, KEYS:])
     while state.table[place] != slot:
         place = (place + 1) & (len(state.table) - 1)
     state.table[place] = -2
@@ -531,10 +546,7 @@ def rehash(plan: Plan, state: State, table: Ints) -> None:
     for slot in range(state.meta[SLOTS]):
         if state.slots[slot, LIVE] < 0:
             continue
-        hashed = 0
-        for k in range(plan.keys):
-            hashed = _hash(hashed, state.slots[slot, KEYS + k])
-        place = hashed & (len(table) - 1)
+        place = _place(plan, table, state.slots[slot, KEYS:])
         while table[place] != -1:
             place = (place + 1) & (len(table) - 1)
         table[place] = slot
@@ -554,3 +566,25 @@ def rehash_known(state: State, known: Ints) -> None:
             place = (place + 1) & (len(known) - 1)
         known[place] = old
         state.meta[KNOWN] += 1
+
+
+@compiled
+def look_up(table: Ints, values: Ints, codes: Ints) -> None:
+    """The codes of integers, -1 of those that the table [n, 2] of integers and codes doesn't have."""
+    mask = len(table) - 1
+    for i in range(len(values)):
+        place = _hash(0, values[i]) & mask
+        while table[place, 1] >= 0 and table[place, 0] != values[i]:
+            place = (place + 1) & mask
+        codes[i] = table[place, 1]
+
+
+@compiled
+def enter(table: Ints, values: Ints, codes: Ints) -> None:
+    """Enter integers and their codes into such a table; free places have the code -1."""
+    mask = len(table) - 1
+    for i in range(len(values)):
+        place = _hash(0, values[i]) & mask
+        while table[place, 1] >= 0 and table[place, 0] != values[i]:
+            place = (place + 1) & mask
+        table[place, 0], table[place, 1] = values[i], codes[i]

@@ -138,7 +138,7 @@ class ViewWindows:
         self.watermark = 0
         self.state = self._empty()
         none, rows = np.empty(0, np.int64), np.empty((0, 0), np.int64)
-        self._out = kernel.Output(none, rows, none, none.astype(bool), rows, rows.view(np.float64), rows, none, none)
+        self._out = kernel.Output(none, rows, none, none.astype(bool), rows, rows.view(float), rows, none, none, none)
 
     def _mode(self, a: Aggregate) -> str:
         if a.function not in TERMS:
@@ -271,13 +271,9 @@ class ViewWindows:
             integers = np.empty((len(self.aggregates), rows), np.int64)
             codes = np.empty((rows, self.plan.keys), np.int64)
             lists = np.empty((rows, sum(self.longest)), np.int64)
-            times, newest, terms = (
-                np.empty(rows, np.int64),
-                np.empty(rows, np.bool_),
-                np.empty(len(self.plan.terms), np.int64),
-            )
-            floats = integers.view(np.float64)
-            self._out = kernel.Output(times.copy(), codes, times, newest, integers, floats, lists, times.copy(), terms)
+            slots, times, touched, found = (np.empty(rows, np.int64) for _ in range(4))
+            newest, terms, floats = np.empty(rows, bool), np.empty(len(self.plan.terms), np.int64), integers.view(float)
+            self._out = kernel.Output(slots, codes, times, newest, integers, floats, lists, touched, found, terms)
         if len(self.state.slots) > len(self._out.touched):
             self._out = self._out._replace(touched=np.empty(len(self.state.slots), np.int64))
         return self._out

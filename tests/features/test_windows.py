@@ -26,7 +26,7 @@ from features.oracle import brute_force
 from features.timers import TimerRule
 from features.usecase import Label, ModelInputs, UseCase
 from features.views import entity, stream_view
-from features.windows import compile_view
+from features.windows import compile_view, pack, unpack
 
 MINUTE = 60_000
 moved = Contract(
@@ -260,6 +260,19 @@ def test_codes_are_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert changed["by_user"].columns["u_id_last_a"].tolist()[-1] == str(i)
     assert engine.coder.used < 300
     assert len(engine.coder) < 60
+
+
+def test_an_integer_has_one_code_however_it_comes() -> None:
+    coder, many = columns.Coder(), np.arange(-500, 500) * 7_919
+    codes = coder.encode_integers(np.concatenate([many, many[::-1]]))
+    assert len(set(codes.tolist())) == 1000 and (codes[:1000] == codes[:999:-1]).all()
+    assert coder.decode(codes[:1000]).tolist() == many.tolist() == coder.decode(coder.encode(many.tolist())).tolist()
+    assert coder.encode(["7919", 7919.0]).tolist() == [1000, 501]
+    restored = columns.Coder()
+    restored.restore(unpack(pack(coder.snapshot())))
+    assert restored.encode_integers(many).tolist() == codes[:1000].tolist()
+    restored.sweep([np.arange(1, 1001)])
+    assert restored.encode_integers(np.array([12345, many[1]])).tolist() == [0, 1]
 
 
 def test_an_event_too_old_for_every_window_is_refused() -> None:
