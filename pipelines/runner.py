@@ -106,6 +106,7 @@ class Owned:
     records: int = 0
     size: int = 0
     eventful: bool = False
+    confirmed: bool = True
     paused: set[TopicPartition] = field(default_factory=set)
     kept: tuple[str, dict[TopicPartition, Position]] | None = None
 
@@ -342,9 +343,14 @@ class Runner:
             return True
         return now - owned.committed >= (policy.seconds if owned.eventful and ended else policy.patient_seconds)
 
+    def _is_patient(self, owned: Owned) -> bool:
+        return time.monotonic() - owned.committed >= self.policy.patient_seconds
+
     def _commit(self, i: int) -> None:
+        """One transaction of what has gathered; and when nothing has for a while, once more the last one: a killed
+        broker may have lost its end, which the next transaction mends, and others wait for it."""
         owned = self.owned[i]
-        if not owned.calls:
+        if not owned.calls and (owned.confirmed or self.whole or not self._is_patient(owned)):
             return
         if self.whole and not owned.produced.keep:
             self._pass_time(owned)
@@ -387,6 +393,7 @@ class Runner:
         self._committed(owned, owned.task.watermark)
 
     def _committed(self, owned: Owned, watermark: int) -> None:
+        owned.confirmed = not owned.calls
         owned.calls, owned.produced, owned.records, owned.size, owned.eventful = [], Produced(), 0, 0, False
         owned.committed = time.monotonic()
         self._report()

@@ -234,6 +234,21 @@ def test_a_commit_whose_end_a_killed_broker_lost_counts_once(
     assert not broker.open and not broker.undecided
 
 
+def test_a_lost_end_is_mended_though_nothing_more_comes(tmp_path: Path) -> None:
+    orders(broker := make_broker(), 1, 6)
+    broker.loses = ALL | {GROUP}
+    r = runner(broker, lambda _: Joiner(use_case), tmp_path)
+    r.policy = CommitPolicy(seconds=0.01, patient_seconds=0.2)
+
+    def mended() -> bool:
+        if broker.undecided:
+            broker.loses = set()
+        return not broker.loses and not broker.undecided and not broker.open
+
+    until(r, mended, "end of the commit")
+    assert broker.committed(GROUP)
+
+
 def test_the_newest_commit_is_found_however_much_lies_behind_it(tmp_path: Path) -> None:
     broker = make_broker()
     assert told_positions(broker, EXAMPLES) == {}
