@@ -254,9 +254,9 @@ class Killer:
 
 
 def memory_mb(settings: Settings) -> int:
-    """Resident memory of the learner."""
+    """Memory of the learner that is its own: libraries that are mapped from files left out."""
     pid = stack.status(settings)["services"][f"learner-{NAME}"]["pid"]
-    return round(psutil.Process(pid).memory_info().rss / 1e6)
+    return round(psutil.Process(pid).memory_full_info().uss / 1e6)
 
 
 def registry(settings: Settings) -> dict[str, Any]:

@@ -155,10 +155,9 @@ class ServingState:
             while not self._stop.is_set():
                 self._ask_unserved()
                 timeout = POLL_S if self._is_applied() else min(POLL_S, max(0.02, self._retry_at - time.monotonic()))
-                records = consumer.poll(timeout)
-                for record in records:
+                for record in consumer.poll(timeout):
                     self._read(record)
-                if not records and self._at_end(consumer):
+                if self._at_end(consumer):
                     self._apply()
         finally:
             consumer.close()
