@@ -45,7 +45,7 @@ class Chosen:
     configurations: int
 
 
-CHOSEN = {"flights": Chosen(1_372_636_800_000, 0)}
+CHOSEN = {"flights": Chosen(1_372_636_800_000, 20)}
 
 
 @dataclass(frozen=True)
