@@ -69,7 +69,7 @@ class AsOf:
 
     def _codes(self, values: Sequence[Any]) -> Ints:
         known = self.engine.coder
-        return np.fromiter((known.get(v, UNKNOWN) for v in values), np.int64, len(values))
+        return np.fromiter((known.code_of(v, UNKNOWN) for v in values), np.int64, len(values))
 
     def _demanded(self, columns: Mapping[str, list[Any]], times: Ints) -> dict[str, list[Any]]:
         """What the on-demand views make of the columns, row by row: they are plain functions."""
