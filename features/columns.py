@@ -66,6 +66,15 @@ class Coder(dict[Any, int]):
             codes[unknown] = given[which]
         return codes
 
+    def code_of(self, value: Any, unknown: int) -> int:
+        """A value's code; `unknown` when it has none, and gets none."""
+        code = self.get(value)
+        if code is None and isinstance(value, int):
+            found = np.empty(1, np.int64)
+            look_up(self.integers, np.array([value], np.int64), found)
+            code = int(found[0]) if found[0] >= 0 else None
+        return unknown if code is None else code
+
     def _index(self) -> None:
         """Make the integers' table anew."""
         values = self.values_of[: self.used]

@@ -20,6 +20,7 @@ from features.vectors import Column, Vectorizer, empty_row, join_keys, view_colu
 from features.windows import ViewRows
 
 Columns = dict[str, NDArray[Any]]
+UNKNOWN = -2  # a key value that no event has brought
 CODE_BITS = 31
 
 
@@ -60,11 +61,15 @@ class AsOf:
         keys = [self.vectorizer.entity_keys(a.entities, a.fields) for a in asked]
         columns = {name: [k.get(name) for k in keys] for name in self.vectorizer.entities}
         columns |= {name: [a.fields.get(name) for a in asked] for name in self.vectorizer.fields}
-        codes = {name: self.engine.coder.encode(columns[name]) for name in self.vectorizer.entities}
+        codes = {name: self._codes(values) for name, values in columns.items() if name in self.vectorizer.entities}
         times = np.array([a.time for a in asked], np.int64)
         for view in self.views:
             columns |= view.read(changed.get(view.name), codes, as_of, times)
         return columns | self._demanded(columns, times)
+
+    def _codes(self, values: Sequence[Any]) -> Ints:
+        known = self.engine.coder
+        return np.fromiter((known.code_of(v, UNKNOWN) for v in values), np.int64, len(values))
 
     def _demanded(self, columns: Mapping[str, list[Any]], times: Ints) -> dict[str, list[Any]]:
         """What the on-demand views make of the columns, row by row: they are plain functions."""
@@ -137,8 +142,8 @@ def _one_key(codes: Ints) -> Ints:
 def _newest_at(codes: Ints, times: Ints, asked: Ints, as_of: Ints) -> Ints:
     """[n] for each key asked the index of its newest row at that instant, -1 when it has none."""
     n = len(times)
-    both = np.concatenate([codes, asked])
-    key = np.where(both.min(axis=1, initial=0) < 0, -1, _one_key(both))
+    key = _one_key(np.concatenate([codes, np.maximum(asked, -1)]))
+    key = np.where(np.concatenate([codes, asked]).min(axis=1, initial=0) < 0, -1, key)
     order = np.lexsort((np.arange(len(key)) >= n, np.concatenate([times, as_of]), key))
     place = np.maximum.accumulate(np.where(order < n, np.arange(len(order)), -1))
     row = np.where(place >= 0, order[place], -1)

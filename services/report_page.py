@@ -191,13 +191,16 @@ def nice(low: float, high: float) -> tuple[float, float]:
 
     >>> nice(0.513, 0.748)
     (0.5, 0.8)
+    >>> nice(1.0, 1.0) == (1.0, 1.0)
+    False
     """
     step = _step(low, high)
-    return round(math.floor(low / step) * step, 9), round(math.ceil(high / step) * step, 9)
+    bottom = math.floor(low / step)
+    return round(bottom * step, 9), round(max(math.ceil(high / step), bottom + 1) * step, 9)
 
 
 def _step(low: float, high: float) -> float:
-    rough = max(high - low, 1e-6) / 4
+    rough = max(high - low, 1e-3) / 4
     size: float = 10.0 ** math.floor(math.log10(rough))
     return next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough)
 
