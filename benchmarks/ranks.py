@@ -6,7 +6,6 @@ Started plainly, the two ranks are started and the first one's figures printed; 
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import subprocess
@@ -84,10 +83,7 @@ def ddp_step(job: Job) -> tuple[Step, Data, net.Net]:
         optimizer.zero_grad()
         loss = net.losses(distributed(*tensors), truth, recipe.target_weight) @ torch.from_numpy(share.weights)
         torch.autograd.backward(loss * (2 / share.total))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.LARGEST_NORM * math.sqrt(recipe.members))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        net.step(model, optimizer, rate)
 
     return step, data, model
 

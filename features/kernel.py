@@ -568,23 +568,25 @@ def rehash_known(state: State, known: Ints) -> None:
         state.meta[KNOWN] += 1
 
 
+@inlined
+def _integer_place(table: Ints, value: int) -> int:
+    """Where an integer is in a table of integers and codes [n, 2], or would be; free places have the code -1."""
+    place = _hash(0, value) & (len(table) - 1)
+    while table[place, 1] >= 0 and table[place, 0] != value:
+        place = (place + 1) & (len(table) - 1)
+    return place
+
+
 @compiled
 def look_up(table: Ints, values: Ints, codes: Ints) -> None:
-    """The codes of integers, -1 of those that the table [n, 2] of integers and codes doesn't have."""
-    mask = len(table) - 1
+    """The codes of integers, -1 of those that the table doesn't have."""
     for i in range(len(values)):
-        place = _hash(0, values[i]) & mask
-        while table[place, 1] >= 0 and table[place, 0] != values[i]:
-            place = (place + 1) & mask
-        codes[i] = table[place, 1]
+        codes[i] = table[_integer_place(table, values[i]), 1]
 
 
 @compiled
 def enter(table: Ints, values: Ints, codes: Ints) -> None:
-    """Enter integers and their codes into such a table; free places have the code -1."""
-    mask = len(table) - 1
+    """Enter integers and their codes."""
     for i in range(len(values)):
-        place = _hash(0, values[i]) & mask
-        while table[place, 1] >= 0 and table[place, 0] != values[i]:
-            place = (place + 1) & mask
+        place = _integer_place(table, values[i])
         table[place, 0], table[place, 1] = values[i], codes[i]

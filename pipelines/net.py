@@ -30,6 +30,8 @@ CLIP = 5.0  # standard deviations
 LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
 EXAMPLE_ROWS = 8
 CHUNK = 8192  # rows scored at a time
+HALF_LIFE = 40_000  # examples after which half of a normaliser comes from newer ones
+LARGEST_NORM = 1.0  # of a member's gradient
 EVENT_WIDTH = 16
 ALONE, HALVES = (1.0, 0.0, 0.0), (0.5, 0.5, 0.0)  # the say of members and trees, and a shift
 STEEPEST = 5.0  # largest logit of attention: no event is lost, and nothing overflows
@@ -242,6 +244,15 @@ def make_optimizer(model: Net, weight_decay: float) -> torch.optim.AdamW:
     for state in optimizer.state.values():
         state["step"].zero_()
     return optimizer
+
+
+def step(model: Net, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Move the weights by the gradients that are there, clipped, at this learning rate."""
+    members = len(model.head.weight)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM * math.sqrt(members))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 class _Scorer(nn.Module):

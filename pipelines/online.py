@@ -16,8 +16,6 @@ from features.usecase import ModelInputs
 from pipelines import net
 from pipelines.archive import Examples
 
-HALF_LIFE = 40_000  # examples after which half of the normaliser comes from newer ones
-LARGEST_NORM = 1.0
 TRUST = 100.0  # in the blend that trees and members start with, as many examples' worth
 
 
@@ -89,11 +87,15 @@ class Replay:
             parts.append((inputs.take(chosen), truth[chosen]))
         return Inputs.join([inputs for inputs, _ in parts]), np.concatenate([truth for _, truth in parts])
 
+    def all(self) -> tuple[Inputs, Floats]:
+        """Every row, oldest first; there must be one."""
+        return Inputs.join([inputs for inputs, _ in self.blocks]), np.concatenate([truth for _, truth in self.blocks])
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """All rows, by name, as `np.savez` takes them."""
         if not self.blocks:
             return {}
-        inputs, truth = Inputs.join([i for i, _ in self.blocks]), np.concatenate([t for _, t in self.blocks])
+        inputs, truth = self.all()
         found: dict[str, npt.NDArray[Any]] = {"numbers": inputs.numbers, "ids": inputs.ids, "truth": truth}
         for i, ragged in enumerate(inputs.sequences):
             found |= {f"values{i}": ragged.values, f"lengths{i}": ragged.lengths}
@@ -153,7 +155,7 @@ class OnlineNet:
             self._start()
         elif self.started:
             self._calibrate(inputs, truth[:, 0])
-            self.model.normalise(inputs, 1 - 0.5 ** (len(truth) / HALF_LIFE))
+            self.model.normalise(inputs, 1 - 0.5 ** (len(truth) / net.HALF_LIFE))
             self._step(inputs, truth, recipe.rate)
             for _ in range(recipe.replay):
                 self._step(*self.replay.take(self._rng().integers(len(self.replay), size=recipe.batch)), recipe.rate)
@@ -162,7 +164,7 @@ class OnlineNet:
 
     def _start(self) -> None:
         """Anew, from every example that is remembered."""
-        inputs, truth = self.replay.take(np.arange(len(self.replay)))
+        inputs, truth = self.replay.all()
         self._new_net()
         self.model.normalise(inputs)
         self.model.start_at(truth)
@@ -178,7 +180,7 @@ class OnlineNet:
         self._grow()
 
     def _grow(self) -> None:
-        inputs, truth = self.replay.take(np.arange(len(self.replay)))
+        inputs, truth = self.replay.all()
         self.model.grow(inputs, truth[:, 0], self.seed)
         self.grown = self.seen
 
@@ -214,10 +216,7 @@ class OnlineNet:
         logits = self.model.foretell(*self.model.tensors(inputs))
         loss = net.losses(logits, torch.from_numpy(truth), self.recipe.target_weight).mean()
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM * math.sqrt(self.recipe.members))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        net.step(self.model, self.optimizer, rate)
 
     def snapshot(self) -> bytes:
         """Weights, optimizer, normaliser, replay and counters."""

@@ -382,7 +382,7 @@ class Runner:
         owned.kept = (name, positions)
         if self.on_commit and messages:
             self.on_commit(messages)
-        self._committed(owned, watermark)
+        self._committed(owned)
 
     def _pass_time(self, owned: Owned) -> None:
         """Tell how far a step is whose state is stored whole, at the positions of its last snapshot."""
@@ -390,9 +390,9 @@ class Runner:
             name, positions = owned.kept
             metadata = str(Committed(name, owned.task.watermark))
             owned.producer.commit({tp: Position(p.offset, metadata) for tp, p in positions.items()}, self.consumer)
-        self._committed(owned, owned.task.watermark)
+        self._committed(owned)
 
-    def _committed(self, owned: Owned, watermark: int) -> None:
+    def _committed(self, owned: Owned) -> None:
         owned.confirmed = not owned.calls
         owned.calls, owned.produced, owned.records, owned.size, owned.eventful = [], Produced(), 0, 0, False
         owned.committed = time.monotonic()

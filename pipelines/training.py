@@ -28,8 +28,6 @@ from pipelines.onnx_model import OnnxModel
 from pipelines.sampler import Sampler, Share
 
 COMMIT_STEPS = 25
-HALF_LIFE = 40_000  # examples after which half of a warm-started normaliser comes from newer data
-LARGEST_NORM = 1.0
 FIT, FINISH, DONE = "fit", "finish", "done"
 
 
@@ -137,7 +135,7 @@ class Worker:
         if champion and self.job.warm_start:
             net.load_weights(self.model, Path(champion.folder))
             newer = self.data.examples.between(champion.cut, self.job.cut - self.job.holdout).inputs
-            self.model.normalise(newer, 1 - 0.5 ** (len(newer) / HALF_LIFE))
+            self.model.normalise(newer, 1 - 0.5 ** (len(newer) / net.HALF_LIFE))
         else:
             self.model.normalise(self.data.fit.inputs)
             self.model.start_at(np.column_stack([self.data.fit.label, self.data.fit.targets]))
@@ -181,10 +179,7 @@ class Worker:
         loss = net.losses(self.model.foretell(*tensors), truth, self.job.recipe.target_weight) @ weights
         torch.autograd.backward(loss / share.total)
         self.compressor.reduce([p.grad for p in self.model.parameters()], allreduce)  # type: ignore[misc]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM * math.sqrt(self.job.recipe.members))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        net.step(self.model, self.optimizer, rate)
 
     def _record(self, step: str, share: Share) -> None:
         """Note this rank's rows of a step, and in the committed state that the step counts."""

@@ -13,10 +13,10 @@ import fsspec
 import msgspec
 import structlog
 
-from features.contracts import Invalid
+from features.contracts import Contract, Invalid
 from features.errors import UnavailableError
 from features.usecase import UseCase
-from pipelines.broker import Broker, Message, clock_of
+from pipelines.broker import Broker, Message, Record
 from pipelines.control import STATE_KEY
 from pipelines.learning import CHUNK, REFRESH_KEY, Champion, Learning, Offsets, Refresh, Row, examples_contract
 from pipelines.registry import Registry
@@ -107,19 +107,24 @@ class Followed:
         finally:
             consumer.close()
 
-    def _row(self, record: Any, left: Mapping[tuple[str, int], int], seen: set[str]) -> Row | None:
+    def _row(self, record: Record, left: Mapping[tuple[str, int], int], seen: set[str]) -> Row | None:
         """The example of a record, or None: a clock, one the contract refuses, one behind the end, one seen before."""
-        end = left.get((record.topic, record.partition), 0)
-        if record.offset >= end or clock_of(record) is not None:
+        row = row_of(self.contract, record)
+        if row is None or row.offset >= left.get((record.topic, record.partition), 0) or row.value.request_id in seen:
             return None
-        try:
-            value = self.contract.decode(record.value)
-        except Invalid:
-            return None
-        if value.request_id in seen:
-            return None
-        seen.add(value.request_id)
-        return Row(record.partition, record.offset, value, record.value)
+        seen.add(row.value.request_id)
+        return row
+
+
+def row_of(contract: Contract, record: Record) -> Row | None:
+    """A record of `<uc>.examples`, or None: a clock, or one that its contract refuses."""
+    if record.value is None:
+        return None
+    try:
+        value = contract.decode(record.value)
+    except Invalid:
+        return None
+    return Row(record.partition, record.offset, value, record.value)
 
 
 def learned_until(facts: Mapping[str, Any]) -> int:

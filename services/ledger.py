@@ -6,12 +6,11 @@ from typing import Any
 
 import msgspec
 
-from features.contracts import Invalid
 from features.usecase import UseCase
 from pipelines.broker import Broker
 from pipelines.control import STATE_KEY
 from pipelines.learning import REFRESH_KEY, SPANS_KEPT, Refresh, Row, examples_contract
-from services.learning import learned_until
+from services.learning import learned_until, row_of
 from services.report import verdict
 from services.topic_reader import Newest, read_all
 
@@ -39,12 +38,8 @@ def examples(broker: Broker, use_case: UseCase) -> list[Row]:
     """Every example where it first is."""
     contract, first = examples_contract(use_case), dict[str, Row]()
     for record in read_all(broker, contract.topic):
-        if record.value is not None:
-            try:
-                value = contract.decode(record.value)
-            except Invalid:
-                continue
-            first.setdefault(value.request_id, Row(record.partition, record.offset, value, record.value))
+        if row := row_of(contract, record):
+            first.setdefault(row.value.request_id, row)
     return list(first.values())
 
 

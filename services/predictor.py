@@ -86,8 +86,8 @@ class Predictor:
         scores = self._finite(model.score(encode(model.inputs, [v.features for v in vectors])).tolist())
         messages, answers = [], []
         for row, k, t, vector, score in zip(rows, keys, times, vectors, scores, strict=True):
-            served = {"request_id": row.request_id, "score": score, "version": model.version, "arm": ARM}
-            served["refresh"] = model.refresh
+            served = {"request_id": row.request_id, "score": score, "version": model.version}
+            served |= {"arm": ARM, "refresh": model.refresh}
             messages.append(self._message(row, k, t, now, vector, served))
             answers.append({**served, "missing": vector.missing, "stale": vector.stale})
         self.spool.append(messages)

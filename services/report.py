@@ -13,6 +13,7 @@ import numpy as np
 
 from features.usecase import UseCase
 from pipelines.broker import Broker
+from pipelines.comparison import calibration
 from services.baselines import DAY_MS, Scores, constant_before, quality, rate_before
 from services.progress import iso
 from services.replay_log import Entry, freshness, log_path, quantiles, read_log, tick_times
@@ -96,7 +97,7 @@ def measured(use_case: UseCase, examples: Examples, scores: Scores, score_from: 
         "baselines": {name: best[name] for name in BASELINES},
         "by_week": by_week,
         "by_version": by_version(examples),
-        "calibration": calibration(examples.label[scored], examples.score[scored]),
+        "calibration": calibration(examples.label[scored], examples.score[scored])["groups"],
     }
 
 
@@ -109,13 +110,6 @@ def by_version(examples: Examples) -> dict[str, Report]:
         span = {"from": iso(int(times.min())), "until": iso(int(times.max())), "examples": int(rows.sum())}
         found[version] = span | quality(examples.label[rows], examples.score[rows])
     return found
-
-
-def calibration(label: Floats, score: Floats, bins: int = 10) -> list[Report]:
-    """Mean score and mean label of the examples in `bins` groups of equal size by score."""
-    order = np.argsort(score, kind="stable")
-    groups = [g for g in np.array_split(order, bins) if len(g)]
-    return [{"score": _mean(score[g]), "label": _mean(label[g]), "examples": len(g)} for g in groups]
 
 
 def observed(entries: Sequence[Entry]) -> Report:
