@@ -60,6 +60,7 @@ class Contract:
 
     time : the field with the event time
     id : the field that makes an event unique within `dedupe`; None: events have no identity
+    by_arrival : it counts from its record's timestamp on, whatever its event time
     out_of_orderness : how far behind the newest event of its partition an event may be and still be on time
     max_ahead : an event further than this ahead of its record's timestamp is refused (`future`)
     """
@@ -74,6 +75,7 @@ class Contract:
     max_ahead: timedelta = timedelta(minutes=5)
     dedupe: timedelta = timedelta(hours=1)
     version: int = 1
+    by_arrival: bool = False
 
     def __post_init__(self) -> None:
         names = self.names

@@ -1,4 +1,4 @@
-"""The controller: acts on commands, alone, and writes what serves to `<uc>.models`."""
+"""The controller: acts on commands and on the evidence of trials, alone; writes what serves to `<uc>.models`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from features.contracts import Contract, Field
 from features.usecase import UseCase
 from pipelines.broker import Message
-from pipelines.rollout import Command, RolloutPolicy, RolloutState, decide
+from pipelines.rollout import Command, RolloutPolicy, RolloutState, decide, judge
 from pipelines.step import Event, Outputs
+from pipelines.trial import evidence_contract
 
 STATE_KEY = b"state"
 
@@ -33,32 +34,37 @@ def commands_contract(use_case: UseCase) -> Contract:
         id="id",
         topic=use_case.topic("commands"),
         max_bytes=1 << 20,
+        by_arrival=True,
     )
 
 
 class ControlStep:
-    """Commands in, the serving state out: one record each time a command was acted on."""
+    """Commands and evidence in, the serving state out: a record when one was acted on, and with each day of labels."""
 
     name = "control"
     outputs: Sequence[str] = ()  # `<uc>.models` is compacted: no clock records in it
 
     def __init__(self, use_case: UseCase, policy: RolloutPolicy | None = None) -> None:
-        contract = commands_contract(use_case)
-        self.inputs = {contract.topic: contract}
+        self.inputs = {c.topic: c for c in (commands_contract(use_case), evidence_contract(use_case))}
         self.plan: dict[str, Any] = {"state": 1}
-        self.policy = policy or RolloutPolicy.standard()
+        self.policy = policy or RolloutPolicy.immediate()
         self.state = RolloutState()
         self._models = use_case.topic("models")
 
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
-        before = self.state
+        told = False
         for event in events:
-            value = event.value
-            command = Command(
-                value.command, value.version, value.who, value.why or "", value.id, value.evidence, value.tags
-            )
-            self.state, _ = decide(self.state, command, self.policy, event.time)
-        return Outputs(messages=[self._record()] if self.state is not before else [])
+            value, before = event.value, self.state
+            if event.contract.name == "evidence":
+                self.state, acted = judge(self.state, value, self.policy, event.time)
+            else:
+                command = Command(
+                    value.command, value.version, value.who, value.why or "", value.id, value.evidence, value.tags
+                )
+                self.state, _ = decide(self.state, command, self.policy, event.time)
+                acted = self.state is not before
+            told = told or acted
+        return Outputs(messages=[self._record()] if told else [])
 
     def _record(self) -> Message:
         return Message(self._models, json.dumps(self.state.as_json()).encode(), STATE_KEY)

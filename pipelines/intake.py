@@ -110,7 +110,7 @@ class Intake:
             if isinstance(value, Invalid):
                 refused.append(Refused(record, value.reason, value.detail))
                 continue
-            time = time_of(value)
+            time = record.timestamp if contract.by_arrival else time_of(value)
             if time > record.timestamp + ahead:
                 late = f"event time is {(time - record.timestamp) / 1000:.0f} s ahead of the record's timestamp"
                 refused.append(Refused(record, "future", late))
@@ -153,7 +153,8 @@ class Intake:
             record = unpack_record(packed)
             value = (contract := self.contracts[self.topics[record.topic]]).decode(record.value)
             place = (self.topics[record.topic], record.partition, record.offset)
-            self.pending.append(Waiting(applied, *place, contract.time_of(value), record, value))
+            time = record.timestamp if contract.by_arrival else contract.time_of(value)
+            self.pending.append(Waiting(applied, *place, time, record, value))
 
 
 def pack_record(record: Record) -> list[Any]:

@@ -16,6 +16,7 @@ from features.windows import pack, unpack
 from pipelines.broker import Message
 from pipelines.step import Event, Outputs, Rejection
 from pipelines.tables import vector_type
+from pipelines.trial import Tally, number
 
 
 def predictions_contract(use_case: UseCase) -> Contract:
@@ -34,6 +35,7 @@ def predictions_contract(use_case: UseCase) -> Contract:
             Field("arm", str),
             Field("score", float),
             Field("shadow", dict, optional=True),
+            Field("score_ms", dict, optional=True),
         ),
         time="event_time",
         id="request_id",
@@ -44,7 +46,7 @@ def predictions_contract(use_case: UseCase) -> Contract:
     )
 
 
-class Kept(msgspec.Struct):
+class Kept(msgspec.Struct, omit_defaults=True):
     """What of a prediction goes into its example."""
 
     request_id: str
@@ -55,6 +57,7 @@ class Kept(msgspec.Struct):
     entities: dict[str, Any]
     fields: dict[str, Any]
     features: dict[str, Any]
+    shadow: dict[str, float | None] = msgspec.field(default_factory=dict)
 
 
 Truth = dict[str, float | None]  # the label and the targets, by name
@@ -82,11 +85,13 @@ class Joiner:
         predictions = predictions_contract(use_case)
         labels = {topic: c for topic, c in use_case.event_topics.items() if c.name == self.label.event}
         self.inputs: dict[str, Contract] = {predictions.topic: predictions, **labels}
+        self.evidence_topic = use_case.topic("evidence")
         self.outputs = (self.examples_topic, self.cuts_topic)  # a record of the second wakes Airflow: no clocks there
         self.pending: dict[str, bytes] = {}
         self.labels: dict[str, tuple[Truth, int]] = {}
         self.expired: dict[str, int] = {}
         self.expiry: deque[tuple[int, str]] = deque()
+        self.tally = Tally(partition, self.wait)
         self.next_cut = 0
         self.since_cut = self.total = self.dropped = 0
 
@@ -114,6 +119,8 @@ class Joiner:
             else:
                 self._labelled(event, out)
         self._until(watermark, out)
+        if found := self.tally.take(watermark):
+            out.messages.append(Message(self.evidence_topic, encode(found), partition=0))
         return out
 
     def _predicted(self, event: Event, out: Outputs) -> None:
@@ -123,7 +130,9 @@ class Joiner:
         except msgspec.ValidationError as error:
             out.rejected.append(Rejection(event, "invalid", str(error)))
             return
-        kept = encode(Kept(*(getattr(value, name) for name in Kept.__struct_fields__)))
+        self.tally.predicted(value)
+        facts = {name: getattr(value, name) for name in Kept.__struct_fields__}
+        kept = encode(Kept(**facts | {"shadow": {v: number(score) for v, score in (value.shadow or {}).items()}}))
         if value.request_id in self.labels:
             truth, _ = self.labels.pop(value.request_id)
             self._emit(kept, truth, event.applied, out)
@@ -150,6 +159,7 @@ class Joiner:
         row = decode(kept)
         value = kept[:-1] + b"," + encode(came)[1:]
         out.messages.append(Message(self.examples_topic, value, row.request_id.encode(), self.partition))
+        self.tally.labelled(row, truth["label"] or 0.0)
         features = {**row.entities, **row.fields, **row.features}
         about = {n: getattr(row, n) for n in ("request_id", "event_time", "version", "arm", "score")}
         out.rows["examples"].append({**features, **about, **came})
@@ -192,6 +202,7 @@ class Joiner:
                 "expired": self.expired,
                 "expiry": list(self.expiry),
                 "counts": [self.next_cut, self.since_cut, self.total, self.dropped],
+                "tally": self.tally.snapshot(),
             }
         )
 
@@ -201,6 +212,8 @@ class Joiner:
         self.labels = {key: (truth, time) for key, (truth, time) in state["labels"].items()}
         self.expiry = deque((due, key) for due, key in state["expiry"])
         self.next_cut, self.since_cut, self.total, self.dropped = state["counts"]
+        if "tally" in state:  # a snapshot of before there were trials has none
+            self.tally.restore(state["tally"])
 
 
 def _ms(duration: timedelta) -> int:

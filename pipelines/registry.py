@@ -163,6 +163,16 @@ class Registry:
         with self._answering():
             self._client.set_registered_model_alias(name, alias, version)
 
+    def aliases(self, name: str) -> dict[str, str]:
+        """Alias -> version."""
+        with self._answering():
+            return {alias: str(v) for alias, v in self._client.get_registered_model(name).aliases.items()}
+
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Remove an alias; one that is not there is no error."""
+        with self._answering():
+            self._client.delete_registered_model_alias(name, alias)
+
     def tag(self, name: str, version: str, key: str, value: str) -> None:
         """Set one tag of a version."""
         with self._answering():

@@ -2,8 +2,10 @@
 
 The evidence of `consider` is a paired comparison on the newest examples, which neither version has trained on: both
 scored the same vectors, losses are clipped, and averaged by block of event time because they correlate within one.
+By the policy it decides at once, or a trial does: the challenger scores beside the champion, unseen (shadow), then
+answers a share of the callers (canary), until it is proven better, or rolled back.
 
->>> policy = RolloutPolicy.standard()
+>>> policy = RolloutPolicy.immediate()
 >>> state, first = decide(RolloutState(), Command("consider", "1", id="a"), policy, 0)
 >>> first.sentence
 'promoted version 1: the first one serves without a comparison'
@@ -22,8 +24,12 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+from pipelines.trial import Trial
+
 DECISIONS_KEPT = 50
-PROMOTED, REFUSED, ROLLED_BACK = "promoted", "refused", "rolled_back"
+PROMOTED, REFUSED, ROLLED_BACK, MOVED, WAITS = "promoted", "refused", "rolled_back", "moved", "waits"
+SHADOW, CANARY = "shadow", "canary"
+ERROR_RATE, GAP_DAYS = 0.001, 3
 
 
 @dataclass(frozen=True)
@@ -34,21 +40,49 @@ class RolloutPolicy:
     loss_cap : an example's loss is clipped at it (nats) by the evaluation, so that no single one decides; a block
         whose mean difference is beyond it was not clipped and is refused
     margin : the mean difference (nats, challenger minus champion) must lie below it
+    share : of the callers that a canary answers; 0: no trial, the evaluation decides
+    error : probability of promoting one that is no better, over all looks
+    horizon_days : of labelled requests, after which a trial ends without a proof
+    shadow_requests, shadow_days : what is seen before callers see the challenger; days with their labels
+    max_errors, max_distance, max_slowness : answers that were no number (above one in a thousand); mean distance of the
+        scores from the champion's; how many times the champion's time an answer may take
+    canary_requests : that it has answered before it is promoted
+    guard_requests : what distance and slowness are judged on at least
+    max_gap : how much further than the champion's the mean score may lie from the mean label
     """
 
     min_examples: int = 200
     loss_cap: float = 4.0
     margin: float = 0.0
+    share: float = 0.0
+    error: float = 0.05
+    horizon_days: int = 250
+    shadow_requests: int = 500
+    shadow_days: int = 1
+    max_errors: int = 3
+    max_distance: float = 0.25
+    max_slowness: float = 3.0
+    canary_requests: int = 100
+    guard_requests: int = 200
+    max_gap: float = 0.05
 
     @classmethod
-    def standard(cls) -> RolloutPolicy:
+    def immediate(cls) -> RolloutPolicy:
         """Better on average is enough: a refused version costs a week of learning, the next cut corrects an error."""
         return cls()
 
     @classmethod
+    def standard(cls) -> RolloutPolicy:
+        """A tenth of the callers see it before it is proven."""
+        return cls(share=0.1)
+
+    @classmethod
     def cautious(cls) -> RolloutPolicy:
-        """More examples, and a gain that is worth a change."""
-        return cls(min_examples=1000, margin=-0.001)
+        """A week in shadow, few callers, one error in a hundred."""
+        return cls(min_examples=1000, share=0.02, error=0.01, horizon_days=400, shadow_requests=5000, shadow_days=7)
+
+
+POLICIES = {name: getattr(RolloutPolicy, name) for name in ("immediate", "standard", "cautious")}
 
 
 @dataclass(frozen=True)
@@ -84,30 +118,47 @@ class Decision:
 
 @dataclass(frozen=True)
 class RolloutState:
-    """What serves, and how it came to. `versions` are those that have served, in the order of their promotions."""
+    """What serves, and how it came to.
+
+    versions : those that have served, in the order of their promotions
+    trial : of the challenger
+    share : of the callers, the challenger's
+    waiting : the newest command to consider a version that came during the trial
+    """
 
     generation: int = 0
     champion: str | None = None
     versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
+    trial: Trial | None = None
+    share: float = 0.0
+    waiting: Command | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The value of the `state` record in `<uc>.models`."""
+        challenger = {self.trial.version: self.share} if self.trial else {}
         return {
             "generation": self.generation,
-            "roles": {"champion": self.champion},
-            "shares": {self.champion: 1.0} if self.champion else {},
+            "roles": {"champion": self.champion, "challenger": self.trial.version if self.trial else None},
+            "phase": self.trial.phase if self.trial else None,
+            "shares": ({self.champion: 1.0 - self.share} if self.champion else {}) | challenger,
             "versions": {version: dict(facts) for version, facts in self.versions.items()},
+            "trial": self.trial.as_json() if self.trial else None,
+            "waiting": asdict(self.waiting) if self.waiting else None,
             "decisions": [asdict(decision) for decision in self.decisions],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RolloutState:
+        trial, waiting = data.get("trial"), data.get("waiting")
         return cls(
             data["generation"],
             data["roles"]["champion"],
             dict(data["versions"]),
             tuple(Decision(**decision) for decision in data["decisions"]),
+            Trial.from_json(trial) if trial else None,
+            data["shares"].get(trial["version"], 0.0) if trial else 0.0,
+            Command(**waiting) if waiting else None,
         )
 
     @property
@@ -119,10 +170,15 @@ class RolloutState:
 
 @dataclass(frozen=True)
 class _Verdict:
+    """champion : who serves from now on; None: who does. `ends` : the trial does, as with another champion."""
+
     action: str
     sentence: str
     champion: str | None = None
     against: str | None = None
+    trial: Trial | None = None
+    waiting: Command | None = None
+    ends: bool = False
 
 
 def decide(state: RolloutState, command: Command, policy: RolloutPolicy, now_ms: int) -> tuple[RolloutState, Decision]:
@@ -135,22 +191,50 @@ def decide(state: RolloutState, command: Command, policy: RolloutPolicy, now_ms:
         if decision.command == command.id:
             return state, decision
     rule = {"consider": _consider, "promote": _promote, "rollback": _rollback}.get(command.command, _unknown)
-    verdict = rule(state, command, policy)
-    version = state.champion if verdict.action == ROLLED_BACK else command.version
-    decision = Decision(
-        version,
-        verdict.action,
-        verdict.sentence,
-        command.id,
-        command.who,
-        now_ms,
-        _integer(command.tags, "cut"),
-        verdict.against,
-    )
-    return _apply(state, command, decision, verdict.champion, now_ms), decision
+    verdict = rule(state, command, policy, now_ms)
+    version = command.version
+    if verdict.action == ROLLED_BACK:
+        version = state.trial.version if state.trial else state.champion
+    return _act(state, verdict, version, policy, now_ms, command)
 
 
-def _apply(state: RolloutState, command: Command, decision: Decision, champion: str | None, now: int) -> RolloutState:
+def judge(state: RolloutState, evidence: Any, policy: RolloutPolicy, now_ms: int) -> tuple[RolloutState, bool]:
+    """Take evidence of the trial in and act when it suffices; says whether it did, or a day of labels became complete.
+
+    evidence : a value of `evidence_contract`; of other versions than those that serve it is ignored
+    """
+    trial = state.trial
+    if trial is None or (evidence.champion, evidence.challenger) != (state.champion, trial.version):
+        return state, False
+    seen = trial.add(evidence)
+    state, told = replace(state, trial=seen), seen.difference.n > trial.difference.n
+    verdict = _judged(state, seen, policy)
+    if verdict is None:
+        return (replace(state, generation=state.generation + 1) if told else state), told
+    return _act(state, verdict, trial.version, policy, now_ms, _own(state, trial))[0], True
+
+
+def _own(state: RolloutState, trial: Trial) -> Command:
+    """What the controller does of itself."""
+    return Command("judge", trial.version, "control", "", f"trial {trial.version} {state.generation}", tags=trial.tags)
+
+
+def _act(
+    state: RolloutState, verdict: _Verdict, version: str | None, policy: RolloutPolicy, now_ms: int, by: Command
+) -> tuple[RolloutState, Decision]:
+    cut = _integer(by.tags, "cut")
+    decision = Decision(version, verdict.action, verdict.sentence, by.id, by.who, now_ms, cut, verdict.against)
+    over = verdict.ends or verdict.champion is not None
+    trial, waiting = verdict.trial or (None if over else state.trial), verdict.waiting or state.waiting
+    share = policy.share if trial and trial.phase == CANARY else 0.0
+    after = replace(_apply(state, by, decision, verdict.champion, now_ms), trial=trial, share=share, waiting=waiting)
+    if trial is None and waiting is not None:
+        again = replace(waiting, id=f"{waiting.id} again")
+        after, _ = decide(replace(after, waiting=None), again, policy, now_ms)
+    return after, decision
+
+
+def _apply(state: RolloutState, by: Command, decision: Decision, champion: str | None, now: int) -> RolloutState:
     state = replace(state, generation=state.generation + 1, decisions=(*state.decisions, decision)[-DECISIONS_KEPT:])
     if champion is None:
         return state
@@ -160,18 +244,18 @@ def _apply(state: RolloutState, command: Command, decision: Decision, champion: 
         versions[champion]["since"] = now
     else:
         facts = versions.pop(champion, {})
-        facts |= {name: _integer(command.tags, name, facts.get(name)) for name in ("cut", "latest_label_time")}
+        facts |= {name: _integer(by.tags, name, facts.get(name)) for name in ("cut", "latest_label_time")}
         facts.pop("rolled_back", None)
         versions[champion] = facts | {"since": now}
     kept = dict(list(versions.items())[-DECISIONS_KEPT:])
     return replace(state, champion=champion, versions=kept | {champion: versions[champion]})
 
 
-def _unknown(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+def _unknown(state: RolloutState, command: Command, policy: RolloutPolicy, now: int) -> _Verdict:
     return _Verdict(REFUSED, f"refused {command.command!r}: the commands are consider, promote and rollback")
 
 
-def _promote(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+def _promote(state: RolloutState, command: Command, policy: RolloutPolicy, now: int) -> _Verdict:
     version = command.version
     if not version:
         return _Verdict(REFUSED, "refused to promote: the command names no version")
@@ -179,17 +263,22 @@ def _promote(state: RolloutState, command: Command, policy: RolloutPolicy) -> _V
         return _Verdict(REFUSED, f"refused version {version}: it serves already")
     over = f" over {state.champion}" if state.champion else ""
     because = f": {command.why}" if command.why else ""
+    if state.trial and state.trial.version != version:
+        because += f"; the trial of version {state.trial.version} ends"
     return _Verdict(PROMOTED, f"promoted version {version}{over} by hand{because}", version)
 
 
-def _rollback(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+def _rollback(state: RolloutState, command: Command, policy: RolloutPolicy, now: int) -> _Verdict:
+    because = f": {command.why}" if command.why else ""
+    if state.trial:
+        sentence = f"rolled back version {state.trial.version}, {state.champion} stays{because}"
+        return _Verdict(ROLLED_BACK, sentence, ends=True)
     if state.champion is None or state.previous is None:
         return _Verdict(REFUSED, "refused to roll back: no version served before this one")
-    because = f": {command.why}" if command.why else ""
     return _Verdict(ROLLED_BACK, f"rolled back version {state.champion} to {state.previous}{because}", state.previous)
 
 
-def _consider(state: RolloutState, command: Command, policy: RolloutPolicy) -> _Verdict:
+def _consider(state: RolloutState, command: Command, policy: RolloutPolicy, now: int) -> _Verdict:
     version = command.version
     if not version:
         return _Verdict(REFUSED, "refused to consider: the command names no version")
@@ -197,11 +286,66 @@ def _consider(state: RolloutState, command: Command, policy: RolloutPolicy) -> _
         return _Verdict(REFUSED, f"refused version {version}: {reason}")
     if state.champion is None:
         return _Verdict(PROMOTED, f"promoted version {version}: the first one serves without a comparison", version)
+    if policy.share:
+        return _try(state, command, policy, now)
     try:
         evidence = Evidence.parse(command.evidence, policy)
     except ValueError as error:
         return _Verdict(REFUSED, f"refused version {version}: {error}")
     return _compare(version, state.champion, evidence, policy)
+
+
+def _try(state: RolloutState, command: Command, policy: RolloutPolicy, now: int) -> _Verdict:
+    """Begin a trial, or wait for the end of the one that is on."""
+    version = str(command.version)
+    if state.trial and state.trial.version == version:
+        return _Verdict(REFUSED, f"refused version {version}: its trial is on")
+    if state.trial:
+        instead = f" in place of version {state.waiting.version}" if state.waiting else ""
+        sentence = f"version {version} waits{instead}: the trial of version {state.trial.version} is on"
+        return _Verdict(WAITS, sentence, waiting=command)
+    sentence = f"version {version} scores beside {state.champion}, unseen by callers"
+    return _Verdict(MOVED, sentence, trial=Trial(version, SHADOW, now, dict(command.tags or {})))
+
+
+def _judged(state: RolloutState, trial: Trial, policy: RolloutPolicy) -> _Verdict | None:
+    """What the evidence suffices for; None: for nothing yet."""
+    version, champion, seen = trial.version, state.champion, trial.difference
+    what = f"log loss {_number(seen.mean)} a day over {seen.n} days, {trial.examples:.0f} labelled requests"
+    reason = _broken(trial, policy)
+    if not reason and seen.is_above(policy.error):
+        reason = f"it is worse, {what}"
+    if not reason and seen.n >= policy.horizon_days:
+        reason = f"it is not proven better, {what}"
+    if reason:
+        return _Verdict(
+            ROLLED_BACK, f"rolled back version {version}, {champion} stays: {reason}", None, champion, ends=True
+        )
+    if trial.phase == CANARY:
+        if not seen.is_below(policy.error) or trial.requests.get("canary", 0.0) < policy.canary_requests:
+            return None
+        return _Verdict(PROMOTED, f"promoted version {version} over {champion}: {what}", version, champion)
+    if trial.requests.get("requests", 0.0) < policy.shadow_requests or seen.n < policy.shadow_days:
+        return None
+    sentence = f"version {version} answers {policy.share:.0%} of the callers beside {champion}: sound so far, {what}"
+    return _Verdict(MOVED, sentence, trial=replace(trial, phase=CANARY))
+
+
+def _broken(trial: Trial, policy: RolloutPolicy) -> str:
+    """What is wrong with a challenger whatever its labels say; empty when nothing is."""
+    n, errors = trial.requests.get("requests", 0.0), trial.requests.get("errors", 0.0)
+    if errors >= policy.max_errors and errors > n * ERROR_RATE:
+        return f"{errors:.0f} of {n:.0f} answers were no number"
+    distance, slowness = trial.mean("distance"), math.exp(trial.mean("slowness"))
+    if n >= policy.guard_requests and distance > policy.max_distance:
+        return f"its scores lie {_number(distance)} from the champion's on average of {n:.0f} requests"
+    if n >= policy.guard_requests and slowness > policy.max_slowness:
+        return f"it takes {slowness:.1f} times as long as the champion on average of {n:.0f} requests"
+    gap, other = (value / max(1.0, trial.examples) for value in (trial.gap, trial.champion_gap))
+    if trial.difference.n >= GAP_DAYS and abs(gap) > abs(other) + policy.max_gap:
+        mean = f"{_number(gap)} from the mean label, the champion's {_number(other)}"
+        return f"its mean score lies {mean}, over {trial.examples:.0f} requests"
+    return ""
 
 
 def _settled(state: RolloutState, version: str) -> str:

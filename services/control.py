@@ -1,4 +1,7 @@
-"""What the controller decided, mirrored into MLflow for people to see. `<uc>.models` stays the truth."""
+"""What the controller decided, mirrored into MLflow for people to see. `<uc>.models` stays the truth.
+
+The other way round, an alias `champion` that somebody moved there is a command to promote that version.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import structlog
 from features.errors import InputError
 from pipelines.broker import Message
 from pipelines.control import STATE_KEY
-from services import wiring
+from services import rollout, wiring
 from services.settings import Settings
 from services.topic_reader import Newest
 
-ALIAS = "champion"
+ALIASES = ("champion", "challenger")
+LOOK_S = 5.0  # between looks at the aliases
 PAUSES_S = (0.5, 30.0)
 log = structlog.get_logger()
 Fact = tuple[str, str, str]  # version, key, value
@@ -27,19 +31,26 @@ class Registry(Protocol):
 
     def set_alias(self, name: str, alias: str, version: str) -> None: ...
 
+    def drop_alias(self, name: str, alias: str) -> None: ...
+
+    def aliases(self, name: str) -> dict[str, str]: ...
+
     def tag(self, name: str, version: str, key: str, value: str) -> None: ...
 
 
 def facts(state: Mapping[str, Any]) -> Iterator[Fact]:
     """What a state says of its versions, as tags; the newest decision on a version counts."""
-    champion = state["roles"]["champion"]
     newest = {d["version"]: d for d in state["decisions"] if d["version"] is not None}
     for version, decision in newest.items():
         yield version, "decision", decision["sentence"]
-        yield version, "role", "champion" if version == champion else _role(state, version)
+        yield version, "role", _role(state, version)
 
 
 def _role(state: Mapping[str, Any], version: str) -> str:
+    if version == state["roles"]["champion"]:
+        return "champion"
+    if version == state["roles"].get("challenger"):
+        return str(state["phase"])
     served = state["versions"].get(version)
     if served is None:
         return "refused"
@@ -52,24 +63,29 @@ def mirror(registry: Registry, name: str, state: Mapping[str, Any], done: set[Fa
     `done` is what has been set already; it is not set again. A version that the registry doesn't know is skipped.
     """
     done = set() if done is None else done
-    champion = state["roles"]["champion"]
-    wanted = [*facts(state), *([(champion, ALIAS, "")] if champion else [])]
+    wanted = [*facts(state), *((state["roles"].get(alias) or "", alias, "") for alias in ALIASES)]
     for fact in wanted:
         version, key, value = fact
         if fact in done:
             continue
         try:
-            registry.set_alias(name, ALIAS, version) if key == ALIAS else registry.tag(name, version, key, value)
+            if key not in ALIASES:
+                registry.tag(name, version, key, value)
+            elif version:
+                registry.set_alias(name, key, version)
+            elif any(old[1] == key for old in done):
+                registry.drop_alias(name, key)
         except InputError as error:
             log.warning("not mirrored", model=name, version=version, error=str(error))
-        done -= {old for old in done if old[1] == key and (key == ALIAS or old[0] == version)}
+        done -= {old for old in done if old[1] == key and (key in ALIASES or old[0] == version)}
         done.add(fact)
 
 
 class Mirror:
     """Mirrors each newest state on a thread of its own, until MLflow has it: control never waits for MLflow.
 
-    Called with the messages of a commit. At its start it mirrors the state that is there.
+    Called with the messages of a commit. At its start it mirrors the state that is there. Between states it looks
+    whether somebody moved the alias of the champion, and asks for that version's promotion.
     """
 
     def __init__(self, settings: Settings, use_case_name: str, registry: Registry | None = None) -> None:
@@ -107,7 +123,18 @@ class Mirror:
                 pause = min(2 * pause, PAUSES_S[1])
             else:
                 pause = PAUSES_S[0]
-                self._changed.wait()
+                if not self._changed.wait(LOOK_S):
+                    self._look()
+
+    def _look(self) -> None:
+        """Whether the alias still is where the mirror put it; if not, that is a command."""
+        champion = self._state["roles"]["champion"] if self._state else None
+        if champion is None:
+            return
+        moved = self._registry.aliases(self._name).get(ALIASES[0])
+        if moved in (None, champion) or self._changed.is_set():
+            return
+        rollout.send(self._settings, self._name, "promote", moved, "its alias was moved in MLflow", who="MLflow")
 
     def _read(self) -> None:
         models = Newest(wiring.broker(self._settings), self._topic)

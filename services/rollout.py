@@ -21,6 +21,7 @@ from features.usecase import UseCase, load
 from pipelines.broker import Broker, Consumer, Message
 from pipelines.control import STATE_KEY
 from pipelines.rollout import RolloutState
+from pipelines.trial import Trial
 from services import wiring
 from services.settings import Settings
 from services.topic_reader import Newest
@@ -39,10 +40,15 @@ def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
 
 
 def as_text(state: Mapping[str, Any]) -> str:
-    """A state for a person: the champion, then the decisions, the newest last."""
+    """A state for a person: what serves, the trial, then the decisions, the newest last."""
     champion = state["roles"]["champion"]
     serves = f"version {champion}" if champion else "the declared prior (no version yet)"
     lines = [f"  serving      {serves}, generation {state['generation']}"]
+    if state.get("trial"):
+        trial = Trial.from_json(state["trial"])
+        seen, share = trial.difference, state["shares"].get(trial.version, 0.0)
+        facts = f"{trial.phase}, {share:.0%} of callers, log loss {seen.mean:+.4f} a day over {seen.n} days"
+        lines.append(f"  challenger   version {trial.version}: {facts}, evidence {math.exp(seen.log_ratio):.1f}")
     return "\n".join([*lines, *(f"  {_at(d['time'])}  {d['sentence']} ({d['who']})" for d in state["decisions"])])
 
 
@@ -57,6 +63,7 @@ def send(
     version: str | None = None,
     why: str | None = None,
     timeout: float = TIMEOUT_S,
+    who: str = "",
 ) -> dict[str, Any]:
     """Ask the controller and wait for its decision, whichever it is.
 
@@ -66,7 +73,7 @@ def send(
     record = {
         "command": command,
         "version": version,
-        "who": os.environ.get("PENSTOCK_WHO") or _who(),
+        "who": who or os.environ.get("PENSTOCK_WHO") or _who(),
         "why": why or None,
         "id": str(uuid.uuid4()),
         "time": time.time_ns() // 1_000_000,

@@ -53,9 +53,13 @@ def _step(settings: Settings, use_case: UseCase, name: str) -> tuple[Callable[[i
         return lambda partition: Joiner(use_case, partition), {}
     if name == "control":
         from pipelines.control import ControlStep
+        from pipelines.rollout import POLICIES
         from services.control import Mirror
 
-        return lambda partition: ControlStep(use_case), {"on_commit": Mirror(settings, use_case.name)}
+        if settings.rollout_policy not in POLICIES:
+            raise ConfigError(f"setting rollout_policy: {settings.rollout_policy!r} is none of {', '.join(POLICIES)}")
+        policy = POLICIES[settings.rollout_policy]()
+        return lambda partition: ControlStep(use_case, policy), {"on_commit": Mirror(settings, use_case.name)}
     if name == "learner":
         from services.learning import Registrar, make_learner
 

@@ -28,6 +28,7 @@ class Settings:
     offline_keep_days : of the offline rows, those needed to answer for so many days back; 0 keeps all
     refresh_every_s : event time between two refreshes of the champion
     register_every_s : how often the champion's newest refresh becomes a version of the registry
+    rollout_policy : immediate (a version's evaluation decides), standard or cautious (shadow, canary, champion)
     registry_keep_days : how long versions stay that never served
     train_compression : what Horovod's ranks send each other: none, fp16 or powersgd:RANK
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
@@ -54,6 +55,7 @@ class Settings:
     idle_timeout_s: float = 0.05
     refresh_every_s: float = 3.0
     register_every_s: float = 900.0
+    rollout_policy: str = "immediate"
     registry_keep_days: float = 1.0
     spool_max_mb: int = 1024
 

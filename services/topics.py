@@ -27,6 +27,7 @@ def control_topics(use_case: UseCase) -> TopicSettings:
     """The controller's topics: one partition, whatever the use case has, as one controller decides."""
     return {
         use_case.topic("commands"): dict(FOREVER),
+        use_case.topic("evidence"): dict(FOREVER),
         use_case.topic("models"): {**FOREVER, "cleanup.policy": "compact"},
     }
 

@@ -17,6 +17,7 @@ from pipelines.control import STATE_KEY, ControlStep, commands_contract
 from pipelines.rollout import RolloutPolicy
 from pipelines.runner import CommitPolicy, Runner
 from pipelines.step import Event
+from pipelines.trial import evidence_contract
 from tests.memory_broker import MemoryBroker
 from tests.toy import use_case
 
@@ -41,9 +42,13 @@ def state_of(messages: list[Message]) -> dict[str, Any]:
 
 def test_a_command_becomes_one_state() -> None:
     step = ControlStep(use_case)
-    assert step.inputs == {"toy.commands": CONTRACT}
+    assert step.inputs == {"toy.commands": CONTRACT, "toy.evidence": evidence_contract(use_case)}
     state = state_of(step.process([event(record("consider", "1", tags={"cut": "5"}))], 2_000).messages)
-    assert state["roles"] == {"champion": "1"} and state["generation"] == 1 and state["shares"] == {"1": 1.0}
+    assert (
+        state["roles"] == {"champion": "1", "challenger": None}
+        and state["generation"] == 1
+        and state["shares"] == {"1": 1.0}
+    )
     assert state["versions"]["1"] == {"cut": 5, "latest_label_time": None, "since": 1_000}
     assert [(d["command"], d["action"], d["cut"]) for d in state["decisions"]] == [("1", "promoted", 5)]
 
@@ -73,7 +78,7 @@ def test_a_malformed_command_is_the_contracts_to_refuse() -> None:
 
 def test_under_the_runner_with_a_broken_command_between(tmp_path: Path) -> None:
     broker = MemoryBroker()
-    broker.create_topics({f"toy.{name}": {} for name in ("commands", "models", "rejected")}, 1)
+    broker.create_topics({f"toy.{name}": {} for name in ("commands", "evidence", "models", "rejected")}, 1)
     committed: list[Message] = []
 
     def work(values: list[bytes], wanted: int) -> list[dict[str, Any]]:

@@ -56,6 +56,15 @@ def test_an_example_carries_the_other_targets_of_its_label_event() -> None:
     assert table["wears"].to_pylist() == [1.0, 0.0, None] and joiner.plan != Joiner(use_case).plan
 
 
+def test_a_shadow_score_that_is_no_number_does_not_stop_an_example() -> None:
+    joiner, odd = Joiner(use_case), predicted("a", START)
+    odd.value.shadow = {"2": "high"}
+    first = joiner.process([odd], START + 1)
+    [evidence] = [json.loads(m.value or b"") for m in first.messages if m.topic == "toy.evidence"]
+    assert (evidence["challenger"], evidence["requests"]["errors"]) == ("2", 1)
+    assert examples(joiner.process([labelled("a", START + 1)], START + 2)) == [("a", 1.0, START + 1)]
+
+
 def test_either_side_may_come_first() -> None:
     joiner = Joiner(use_case)
     out = joiner.process([predicted("p", START), labelled("p", START + 5), labelled("q", START + 6)], START + 10)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipelines.rollout import DECISIONS_KEPT, Command, Decision, RolloutPolicy, RolloutState, decide, weighted
 
-POLICY = RolloutPolicy.standard()
+POLICY = RolloutPolicy.immediate()
 TAGS = {"cut": "1357776000000", "latest_label_time": "1357775000000"}
 
 
@@ -150,10 +150,10 @@ def test_refusals_name_their_reason(command: Command, says: str) -> None:
     assert state.champion == "1" and state.decisions[-1] == decision
 
 
-def test_a_cautious_policy_wants_more() -> None:
+def test_a_policy_may_want_a_gain_that_is_worth_a_change() -> None:
     command = consider("2", **evidence("1", -0.0005, n=2000))
     assert decide(serving("1"), command, POLICY, 0)[1].action == "promoted"
-    assert decide(serving("1"), command, RolloutPolicy.cautious(), 0)[1].action == "refused"
+    assert decide(serving("1"), command, replace(POLICY, margin=-0.001), 0)[1].action == "refused"
 
 
 def test_the_standard_error_is_that_of_the_mean_over_equal_blocks() -> None:

@@ -25,7 +25,7 @@ class RecordingRegistry:
 
     def __init__(self, away: int = 0) -> None:
         self.away, self.calls = away, 0
-        self.aliases: dict[str, str] = {}
+        self.set: dict[str, str] = {}
         self.tags: dict[tuple[str, str], str] = {}
 
     def _answer(self, version: str) -> None:
@@ -38,17 +38,24 @@ class RecordingRegistry:
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         self._answer(version)
-        self.aliases[alias] = version
+        self.set[alias] = version
+
+    def drop_alias(self, name: str, alias: str) -> None:
+        self._answer("")
+        self.set.pop(alias, None)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        return dict(self.set)
 
     def tag(self, name: str, version: str, key: str, value: str) -> None:
         self._answer(version)
         self.tags[version, key] = value
 
 
-def state_after(*commands: tuple[str, str | None]) -> dict[str, Any]:
+def state_after(*commands: tuple[str, str | None], policy: RolloutPolicy | None = None) -> dict[str, Any]:
     state = RolloutState()
     for i, (name, version) in enumerate(commands):
-        state, _ = decide(state, Command(name, version, id=str(i)), RolloutPolicy.standard(), i)
+        state, _ = decide(state, Command(name, version, id=str(i)), policy or RolloutPolicy.immediate(), i)
     return state.as_json()
 
 
@@ -68,10 +75,19 @@ def test_aliases_and_tags_follow_the_state() -> None:
     steps = [("consider", "1"), ("promote", "2"), ("consider", "3"), ("promote", "4"), ("rollback", None)]
     state = state_after(*steps)
     mirror(registry, "toy", state)
-    assert registry.aliases == {"champion": "2"}
+    assert registry.set == {"champion": "2"}
     roles = {version: value for (version, key), value in registry.tags.items() if key == "role"}
     assert roles == {"1": "retired", "2": "champion", "3": "refused", "4": "rolled_back"}
     assert registry.tags["4", "decision"] == "rolled back version 4 to 2"
+
+
+def test_a_challenger_has_an_alias_while_its_trial_is_on() -> None:
+    registry, done, policy = RecordingRegistry(), set[control.Fact](), RolloutPolicy.standard()
+    steps: list[tuple[str, str | None]] = [("consider", "1"), ("consider", "2")]
+    mirror(registry, "toy", state_after(*steps, policy=policy), done)
+    assert registry.set == {"champion": "1", "challenger": "2"} and registry.tags["2", "role"] == "shadow"
+    mirror(registry, "toy", state_after(*steps, ("rollback", None), policy=policy), done)
+    assert registry.set == {"champion": "1"} and registry.tags["2", "role"] == "refused"
 
 
 def test_mirroring_again_asks_for_nothing_new() -> None:
@@ -82,13 +98,13 @@ def test_mirroring_again_asks_for_nothing_new() -> None:
     assert registry.calls == calls
     mirror(registry, "toy", state_after(("consider", "1"), ("promote", "2")), done)
     mirror(registry, "toy", state_after(("consider", "1"), ("promote", "2"), ("rollback", None)), done)
-    assert registry.aliases == {"champion": "1"} and registry.tags["1", "role"] == "champion"
+    assert registry.set == {"champion": "1"} and registry.tags["1", "role"] == "champion"
 
 
 def test_a_version_the_registry_lacks_stops_nothing() -> None:
     registry = RecordingRegistry()
     mirror(registry, "toy", state_after(("promote", "9"), ("promote", "2")))
-    assert registry.aliases == {"champion": "2"}
+    assert registry.set == {"champion": "2"}
 
 
 @pytest.fixture
@@ -108,7 +124,7 @@ def test_what_is_there_at_the_start_is_mirrored_until_the_registry_has_it(broker
     broker.producer().send([message(state_after(("consider", "1"))), message(state_after(("promote", "2")))])
     registry = RecordingRegistry(away=4)
     made = Mirror(settings(tmp_path), "toy", registry)
-    until(lambda: registry.aliases == {"champion": "2"})
+    until(lambda: registry.set == {"champion": "2"})
     made.close()
 
 
@@ -121,5 +137,26 @@ def test_a_commit_is_mirrored_without_waiting_for_the_registry(broker: MemoryBro
     assert time.monotonic() - began < 1
     until(lambda: registry.calls > 3)
     registry.away = 0
-    until(lambda: registry.aliases == {"champion": "2"} and registry.tags.get(("2", "role")) == "champion")
+    until(lambda: registry.set == {"champion": "2"} and registry.tags.get(("2", "role")) == "champion")
     made.close()
+
+
+def test_an_alias_moved_by_hand_is_a_command(
+    broker: MemoryBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(control, "LOOK_S", 0.02)
+    registry = RecordingRegistry()
+    made = Mirror(settings(tmp_path), "toy", registry)
+
+    def send(*what: Any, who: str) -> None:
+        asked.append((*what[1:4], who))
+        made([message(state_after(("consider", "1"), ("promote", "2")))])
+
+    monkeypatch.setattr(control.rollout, "send", send)
+    made([message(state_after(("consider", "1")))])
+    until(lambda: registry.set == {"champion": "1"})
+    registry.set["champion"] = "2"
+    until(lambda: registry.tags.get(("2", "role")) == "champion")
+    made.close()
+    assert asked == [("toy", "promote", "2", "MLflow")]

@@ -46,7 +46,7 @@ class FolderRegistry:
 @pytest.fixture
 def broker(monkeypatch: pytest.MonkeyPatch) -> MemoryBroker:
     broker = MemoryBroker()
-    broker.create_topics({f"toy.{name}": {} for name in ("commands", "models", "rejected")}, 1)
+    broker.create_topics({f"toy.{name}": {} for name in ("commands", "evidence", "models", "rejected")}, 1)
     monkeypatch.setattr(wiring, "broker", lambda settings: broker)
     monkeypatch.setitem(sys.modules, "features.toy", toy)
     monkeypatch.setenv("PENSTOCK_WHO", "tester")
@@ -85,7 +85,7 @@ def controller(broker: MemoryBroker, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("controller")
 def test_consider_promote_and_roll_back(settings: Settings, registry: FolderRegistry) -> None:
-    assert rollout.status(settings, "toy")["roles"] == {"champion": None}
+    assert rollout.status(settings, "toy")["roles"]["champion"] is None
     registry.add("1", None)
     block = {"start": 0, "n": 300, "difference": -0.1}
     registry.add("2", {"champion": "1", "log_loss": 0.3, "champion_log_loss": 0.4, "auc": 0.7, "blocks": [block]})
@@ -99,7 +99,7 @@ def test_consider_promote_and_roll_back(settings: Settings, registry: FolderRegi
     back = rollout.send(settings, "toy", "rollback", why="it errs")
     assert back["sentence"] == "rolled back version 2 to 1: it errs"
     state = rollout.status(settings, "toy")
-    assert state["roles"] == {"champion": "1"} and state["generation"] == 4
+    assert state["roles"] == {"champion": "1", "challenger": None} and state["generation"] == 4
     text = rollout.as_text(state).splitlines()
     assert text[0] == "  serving      version 1, generation 4" and len(text) == 5
 
