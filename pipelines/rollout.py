@@ -29,7 +29,7 @@ from pipelines.trial import Trial
 DECISIONS_KEPT = 50
 PROMOTED, REFUSED, ROLLED_BACK, MOVED, WAITS = "promoted", "refused", "rolled_back", "moved", "waits"
 SHADOW, CANARY = "shadow", "canary"
-ERROR_RATE, GAP_DAYS = 0.001, 3
+ERROR_RATE, FEW_DAYS = 0.001, 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class RolloutPolicy:
         scores from the champion's; how many times the champion's time an answer may take
     canary_requests : that it has answered before it is promoted
     guard_requests : what distance and slowness are judged on at least
-    max_gap : how much further than the champion's the mean score may lie from the mean label
+    max_gap, max_loss : how much further than the champion's the mean score may lie from the mean label, and its mean
+        loss be, when a few days are known: more is broken, and needs no proof
     """
 
     min_examples: int = 200
@@ -65,6 +66,7 @@ class RolloutPolicy:
     canary_requests: int = 100
     guard_requests: int = 200
     max_gap: float = 0.05
+    max_loss: float = 0.05
 
     @classmethod
     def immediate(cls) -> RolloutPolicy:
@@ -342,7 +344,13 @@ def _broken(trial: Trial, policy: RolloutPolicy) -> str:
     if n >= policy.guard_requests and slowness > policy.max_slowness:
         return f"it takes {slowness:.1f} times as long as the champion on average of {n:.0f} requests"
     gap, other = (value / max(1.0, trial.examples) for value in (trial.gap, trial.champion_gap))
-    if trial.difference.n >= GAP_DAYS and abs(gap) > abs(other) + policy.max_gap:
+    if trial.difference.n < FEW_DAYS:
+        return ""
+    if trial.difference.mean > policy.max_loss:
+        return (
+            f"its log loss is {_number(trial.difference.mean)} above the champion's, over {trial.examples:.0f} requests"
+        )
+    if abs(gap) > abs(other) + policy.max_gap:
         mean = f"{_number(gap)} from the mean label, the champion's {_number(other)}"
         return f"its mean score lies {mean}, over {trial.examples:.0f} requests"
     return ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-PRECISION = 16.0  # of the effect: a quarter of a standard deviation a block is what is looked for
+PRIORS = ((0.8, 16.0), (0.2, 0.25))  # weight and precision: effects of a quarter of a standard deviation, and of two
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class Sequence:
 
     @property
     def log_ratio(self) -> float:
-        """Logarithm of the evidence against a mean of 0."""
+        """Logarithm of the evidence against a mean of 0, an average over the priors."""
+        return math.log(math.fsum(weight * math.exp(min(700.0, self._log_ratio(c))) for weight, c in PRIORS))
+
+    def _log_ratio(self, precision: float) -> float:
         if not self.squares:
             return 0.0
-        explained = self.total * self.total / ((self.n + PRECISION) * self.squares)
-        return 0.5 * math.log(PRECISION / (self.n + PRECISION)) - self.n / 2 * math.log1p(-explained)
+        explained = self.total * self.total / ((self.n + precision) * self.squares)
+        return 0.5 * math.log(precision / (self.n + precision)) - self.n / 2 * math.log1p(-explained)
 
     def is_below(self, error: float) -> bool:
         """The mean is negative; wrong with probability `error` at most over all looks."""

@@ -67,6 +67,7 @@ class Bench(StrEnum):
     features = "features"
     freshness = "freshness"
     learning = "learning"
+    rollout = "rollout"
     training = "training"
 
 
@@ -334,7 +335,7 @@ def housekeeping(use_case: UseCaseName, as_json: Json = False) -> None:
 @app.command()
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")],
-    days: Annotated[int, typer.Option(min=1, max=366, help="Of features: how much of 2013.")] = 366,
+    days: Annotated[int, typer.Option(min=1, max=366, help="Of features and rollout: how much of 2013.")] = 366,
     seconds: Annotated[int, typer.Option(min=5, max=3600, help="Of freshness and learning: how long.")] = 60,
     rate: Annotated[
         int | None, typer.Option(min=10, max=20_000, help="Events (1,000) or labels (50) a second.")
@@ -343,13 +344,14 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
-    from benchmarks import features, freshness, learning, training
+    from benchmarks import features, freshness, learning, rollout, training
     from benchmarks.rig import as_text
 
     measure = {
         Bench.features: lambda: features.bench(days),
         Bench.freshness: lambda: freshness.bench(seconds, rate or 1000),
         Bench.learning: lambda: learning.bench(seconds, rate or 50, kills),
+        Bench.rollout: lambda: rollout.bench(days),
         Bench.training: training.bench,
     }
     with progress_on_stderr():

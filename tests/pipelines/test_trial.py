@@ -76,7 +76,7 @@ def test_requests_count_at_once_and_labels_when_all_of_their_day_are_known() -> 
 def test_fast_labels_would_have_told_otherwise() -> None:
     """Positives come at once, negatives when the wait is over: a model that says yes to all looks better meanwhile."""
     rng, tally, fast = np.random.default_rng(0), Tally(0, WAIT), Sequence()
-    waiting, state, policy = [], trial(), replace(POLICY, max_gap=1.0)
+    waiting, state, policy = [], trial(), replace(POLICY, max_gap=1.0, max_loss=1.0)
     for day in range(40):
         for _ in range(50):
             positive = bool(rng.random() < 0.2)
