@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*_tex
 PROGRAM = """
 import dataclasses, signal, sys, types
 from tests.toy import use_case
-from services.predictor import serve
+from services.serve import serve
 from services.settings import Settings
 name = sys.argv[1]
 module = types.ModuleType(f"features.{name}")
