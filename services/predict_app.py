@@ -1,8 +1,13 @@
-"""The predictor over HTTP: `/predict`, health, readiness, metrics, documentation."""
+"""The predictor over HTTP: `/predict`, two protocols of model servers, health, metrics, documentation.
+
+`/v2` and `/invocations` score vectors that the caller has made: nothing is read from the store and nothing logged, as
+there is no request that a label could belong to.
+"""
 
 from __future__ import annotations
 
 import hmac
+import importlib.metadata
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -14,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from features.errors import UnavailableError
@@ -22,15 +27,17 @@ from features.usecase import UseCase
 from services.batcher import Batcher
 from services.predict_metrics import PredictMetrics
 from services.predict_openapi import DOCS, document
+from services.predict_protocols import Schema, mlflow_rows, schema_of, v2_reply, v2_rows
 from services.predict_request import MAX_BODY, Refused, Reply, RequestDecoder
 from services.predictor import Predictor, Reader
-from services.serving_state import ModelSlot
+from services.serving_state import PRIOR, Model, ModelSlot
 from services.settings import Settings
 from services.spool import Spool
 
 log = structlog.get_logger()
 encode_json = msgspec.json.Encoder().encode
 Handler = Callable[[Request], Awaitable[Response]]
+SERVER = {"name": "penstock", "version": "2", "extensions": ["binary_tensor_data"]}
 
 
 def wall_ms() -> int:
@@ -57,7 +64,10 @@ def create_app(
     metrics = PredictMetrics(lambda: spool.waiting_bytes, lambda: ready()["generation"])
     predictor = Predictor(use_case, store, spool, slot, settings, clock=clock, metrics=metrics, unserved=unserved)
     scoring = Scoring(use_case, predictor, metrics, settings)
-    documented = encode_json(document(use_case, scoring.decoder.row_type, settings))
+    vectors = Vectors(use_case, predictor)
+    documented = encode_json(
+        document(use_case, scoring.decoder.row_type, vectors.schema(slot.serving.champion), settings)
+    )
 
     async def readyz(request: Request) -> Response:
         report = ready()
@@ -74,6 +84,16 @@ def create_app(
 
     routes = [
         Route("/predict", scoring.endpoint(scoring.predict), methods=["POST"]),
+        Route("/invocations", scoring.endpoint(vectors.invocations), methods=["POST"]),
+        Route("/v2/models/{name}/infer", scoring.endpoint(vectors.infer), methods=["POST"]),
+        Route("/v2/models/{name}/versions/{version}/infer", scoring.endpoint(vectors.infer), methods=["POST"]),
+        *(Route(f"/v2/models/{{name}}{v}", scoring.endpoint(vectors.model)) for v in ("", "/versions/{version}")),
+        *(Route(f"/v2/models/{{name}}{v}/ready", scoring.endpoint(vectors.model)) for v in ("", "/versions/{version}")),
+        Route("/v2", fixed(encode_json(SERVER))),
+        Route("/v2/health/live", fixed(b'{"live":true}')),
+        Route("/v2/health/ready", readyz),
+        Route("/ping", fixed("\n", PlainTextResponse, None)),
+        Route("/version", fixed(importlib.metadata.version("mlflow"), PlainTextResponse, None)),
         Route("/healthz", fixed(b'{"ok":true}')),
         Route("/readyz", readyz),
         Route("/metrics", show_metrics),
@@ -121,11 +141,56 @@ class Scoring:
         return min(int(text), self._deadline_ms)
 
 
+class Vectors:
+    """The endpoints that score vectors which the caller has made, with the champion or the version that is named."""
+
+    def __init__(self, use_case: UseCase, predictor: Predictor) -> None:
+        self.use_case, self.predictor = use_case, predictor
+        self._types = tuple(predictor.vectorizer.types.items())
+
+    def schema(self, model: Model) -> Schema:
+        """What a model reads; the prior, what the use case declares."""
+        return schema_of(self.use_case.inputs if model.version == PRIOR else model.inputs, self._types)
+
+    async def invocations(self, request: Request) -> Response:
+        """MLflow's protocol."""
+        champion = self.predictor.slot.serving.champion
+        rows = mlflow_rows(await body_of(request), self.schema(champion))
+        return json_response({"predictions": self.predictor.score(champion, rows)})
+
+    async def infer(self, request: Request) -> Response:
+        """The Open Inference Protocol's."""
+        model = self._model(request)
+        length = request.headers.get("inference-header-content-length")
+        if length is not None and not (length.isascii() and length.isdigit()):
+            raise Refused(400, "inference-header-content-length is no number")
+        rows, asked = v2_rows(await body_of(request), None if length is None else int(length), self.schema(model))
+        body, headers = v2_reply(self.use_case.name, model.version, self.predictor.score(model, rows), asked)
+        return Response(body, 200, headers, "application/octet-stream" if headers else "application/json")
+
+    async def model(self, request: Request) -> Response:
+        """A model's metadata; of `/ready`, its name."""
+        model = self._model(request)
+        if request.url.path.endswith("/ready"):
+            return json_response({"name": self.use_case.name, "ready": True})
+        champion, challenger, _ = self.predictor.slot.serving
+        versions = [m.version for m in (champion, challenger) if m]
+        return json_response(self.schema(model).metadata(self.use_case.name, versions))
+
+    def _model(self, request: Request) -> Model:
+        serving, named = self.predictor.slot.serving, request.path_params
+        model = serving.find(named["version"]) if "version" in named else serving.champion
+        if named["name"] != self.use_case.name or model is None:
+            raise Refused(404, f"no such model or version here: /v2/models/{self.use_case.name} says what serves")
+        return model
+
+
 async def _answered(handler: Handler, request: Request) -> Response:
     try:
         return await handler(request)
     except Refused as error:
-        return json_response(error.as_json(), error.status)
+        plain = request.url.path.startswith("/v2")  # whose clients expect a text
+        return json_response({"error": str(error)} if plain else error.as_json(), error.status)
     except ClientDisconnect:
         return problem("the request ended before its body", 400)
     except UnavailableError as error:

@@ -8,6 +8,7 @@ import msgspec
 
 from features.usecase import UseCase
 from features.vectors import Vectorizer
+from services.predict_protocols import Inference, Schema
 from services.predict_request import MAX_ROWS, Reply
 from services.settings import Settings
 
@@ -17,6 +18,7 @@ DOCS = """<!doctype html><title>Predictor</title>
 <script src="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui-bundle.js"></script>
 <script>SwaggerUIBundle({url: "openapi.json", dom_id: "#ui"})</script>
 """
+SAMPLES = {"FP64": 1.5, "INT64": 1, "BYTES": "a", "BOOL": True}
 REFUSALS = {
     "400": "not JSON",
     "401": "the token is missing or wrong",
@@ -40,11 +42,11 @@ class Problems(msgspec.Struct):
     error: Problem
 
 
-def document(use_case: UseCase, row_type: type[msgspec.Struct], settings: Settings) -> dict[str, Any]:
-    """The document, with examples made from the request contract."""
-    types = (row_type, Reply, Problems)
+def document(use_case: UseCase, row_type: type[msgspec.Struct], vectors: Schema, settings: Settings) -> dict[str, Any]:
+    """The document, with examples made from the request contract and the model's inputs."""
+    types = (row_type, Reply, Problems, list[vectors.row], Inference)
     found, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    row, reply, problems = found
+    row, reply, problems, features, inference = found
     rows = {"type": "object", "required": ["rows"]}
     rows["properties"] = {"rows": {"type": "array", "minItems": 1, "maxItems": MAX_ROWS, "items": row}}
     answers = {"200": _content("scores in the order of the rows", reply, _answer())}
@@ -56,16 +58,45 @@ def document(use_case: UseCase, row_type: type[msgspec.Struct], settings: Settin
         "requestBody": {"required": True} | _content("", {"anyOf": [rows, row]}, _rows(use_case, settings)),
         "responses": answers,
     }
-    told = {"type": "object"}
+    told: dict[str, Any] = {"type": "object"}
+    nulls = dict.fromkeys(vectors.datatypes)
+    refused = {code: _content(REFUSALS[code], problems) for code in ("400", "413", "422")}
+    invocations = {
+        "summary": "MLflow's protocol: scores of feature vectors; nothing is looked up and nothing logged",
+        "description": "One of dataframe_split, dataframe_records, instances and inputs, by feature name; null is fine.",
+        "requestBody": {"required": True}
+        | _content("", told | {"properties": {"dataframe_records": features}}, {"dataframe_records": [nulls]}),
+        "responses": {"200": _content("scores", told, {"predictions": [0.25]})} | refused,
+    }
+    tensors = [{"name": n, "datatype": d, "shape": [1], "data": [SAMPLES[d]]} for n, d in vectors.datatypes.items()]
+    infer = {
+        "summary": "Open Inference Protocol v2: scores of feature vectors; nothing is looked up and nothing logged",
+        "description": "NaN is null; lists of an event sequence are BYTES that hold JSON; binary tensors are taken.",
+        "requestBody": {"required": True} | _content("", inference, {"inputs": tensors}),
+        "responses": {"200": _content("scores", told)} | dict.fromkeys(refused, _content("a text", told)),
+    }
+    model = f"/v2/models/{use_case.name}"
     gets = {
         "/healthz": {"200": _content("the process is alive", told)},
         "/readyz": {c: _content("what serves, and whether requests should come here", told) for c in ("200", "503")},
+        "/v2": {"200": _content("the server", told)},
+        "/v2/health/live": {"200": _content("the process is alive", told)},
+        "/v2/health/ready": {c: _content("as /readyz", told) for c in ("200", "503")},
+        model: {"200": _content("the model's inputs, output and versions", told)},
+        f"{model}/ready": {"200": _content("the model is loaded", told)},
+        "/ping": {"200": {"description": "the process is alive", "content": {"text/plain": {}}}},
+        "/version": {"200": {"description": "MLflow's whose protocol this is", "content": {"text/plain": {}}}},
         "/metrics": {"200": {"description": "Prometheus metrics", "content": {"text/plain": {}}}},
     }
     return {
         "openapi": "3.1.0",
         "info": {"title": f"Penstock predictor: {use_case.name}", "version": Vectorizer(use_case).schema_id},
-        "paths": {"/predict": {"post": operation}} | {p: {"get": {"responses": r}} for p, r in gets.items()},
+        "paths": {
+            "/predict": {"post": operation},
+            "/invocations": {"post": invocations},
+            f"{model}/infer": {"post": infer},
+            **{path: {"get": {"responses": responses}} for path, responses in gets.items()},
+        },
         "components": {"schemas": components},
     }
 
