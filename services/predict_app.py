@@ -29,6 +29,7 @@ from services.predict_metrics import PredictMetrics
 from services.predict_openapi import DOCS, document
 from services.predict_protocols import Schema, mlflow_rows, schema_of, v2_reply, v2_rows
 from services.predict_request import MAX_BODY, Refused, Reply, RequestDecoder
+from services.predict_workers import Siblings
 from services.predictor import Predictor, Reader
 from services.serving_state import PRIOR, Model, ModelSlot
 from services.settings import Settings
@@ -54,11 +55,13 @@ def create_app(
     clock: Callable[[], int] = wall_ms,
     readiness: Callable[[], dict[str, Any]] | None = None,
     unserved: Callable[[], frozenset[str]] = frozenset,
+    siblings: Siblings | None = None,
 ) -> Starlette:
     """The predictor's HTTP application.
 
     unserved : views whose rows read as missing
     readiness : what `/readyz` answers, with `ready`, `generation` and `champion`; default: ready with what is in `slot`
+    siblings : other processes on the same port
     """
     ready = readiness or (lambda: {"ready": True, "generation": None, "champion": slot.serving.champion.version})
     metrics = PredictMetrics(lambda: spool.waiting_bytes, lambda: ready()["generation"])
@@ -69,12 +72,16 @@ def create_app(
         document(use_case, scoring.decoder.row_type, vectors.schema(slot.serving.champion), settings)
     )
 
+    def others(request: Request) -> Siblings | None:
+        return None if siblings and request.scope["server"][1] in siblings.ports else siblings
+
     async def readyz(request: Request) -> Response:
-        report = ready()
+        report = await all_.readiness() if (all_ := others(request)) else ready()
         return json_response(report, 200 if report["ready"] else 503)
 
     async def show_metrics(request: Request) -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        registry: Any = await all_.metrics() if (all_ := others(request)) else metrics.registry
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     def fixed(body: Any, kind: type[Response] = Response, media_type: str | None = "application/json") -> Handler:
         async def answer(request: Request) -> Response:

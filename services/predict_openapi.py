@@ -63,7 +63,7 @@ def document(use_case: UseCase, row_type: type[msgspec.Struct], vectors: Schema,
     refused = {code: _content(REFUSALS[code], problems) for code in ("400", "413", "422")}
     invocations = {
         "summary": "MLflow's protocol: scores of feature vectors; nothing is looked up and nothing logged",
-        "description": "One of dataframe_split, dataframe_records, instances and inputs, by feature name; null is fine.",
+        "description": "One of dataframe_split, dataframe_records, instances and inputs, by feature name, with null.",
         "requestBody": {"required": True}
         | _content("", told | {"properties": {"dataframe_records": features}}, {"dataframe_records": [nulls]}),
         "responses": {"200": _content("scores", told, {"predictions": [0.25]})} | refused,
