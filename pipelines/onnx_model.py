@@ -2,7 +2,8 @@
 
 A version's folder holds `model.onnx`, `inputs.json` (what to feed it) and `example.json` (inputs with the scores its
 maker saw). The graph's inputs are `numbers` float32 [n, F], `ids` int64 [n, C], and for each declared sequence `<name>`
-float32 [m, D] and `<name>_rows` int64 [m], the row of each event; its output is `score` float32 [n].
+float32 [m, D] and `<name>_rows` int64 [m], the row of each event; it may leave out what it doesn't read. Its output is
+`score` [n] or [n, 1], or `probabilities` [n, classes] of which the last one counts.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class OnnxModel:
         self, session: onnxruntime.InferenceSession, inputs: ModelInputs, version: str, example: Any, refresh: int = 0
     ) -> None:
         self._session, self._example = session, example
+        self._reads, self._output = {i.name for i in session.get_inputs()}, _output(session)
         self.inputs, self.version, self.refresh = inputs, version, refresh
 
     @classmethod
@@ -71,8 +73,9 @@ class OnnxModel:
         feed = {"numbers": inputs.numbers, "ids": inputs.ids}
         for declared, ragged in zip(self.inputs.sequences, inputs.sequences, strict=True):
             feed |= {declared.name: ragged.values, f"{declared.name}_rows": ragged.rows}
-        (score,) = self._session.run(["score"], feed)
-        return np.asarray(score, dtype=np.float32).reshape(len(inputs))
+        (score,) = self._session.run([self._output], {n: v for n, v in feed.items() if n in self._reads})
+        scores = np.asarray(score, dtype=np.float32)
+        return scores if scores.ndim == 1 else scores[:, -1]
 
     def _verify(self) -> None:
         expected = np.array(self._example["score"], dtype=np.float32)
@@ -140,9 +143,14 @@ def _session(graph: bytes, declared: ModelInputs) -> onnxruntime.InferenceSessio
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = input_names(declared)
-    if {i.name for i in session.get_inputs()} != set(names) or "score" not in {o.name for o in session.get_outputs()}:
-        raise InputError(f"is refused: expected inputs {', '.join(names)} and an output score")
+    if not {i.name for i in session.get_inputs()} <= set(names) or not _output(session):
+        raise InputError(f"is refused: expected inputs of {', '.join(names)} and an output score or probabilities")
     return session
+
+
+def _output(session: onnxruntime.InferenceSession) -> str:
+    names = [o.name for o in session.get_outputs()]
+    return next((name for name in ("score", "probabilities") if name in names), "")
 
 
 def _line(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from hashlib import blake2b
 
 import msgspec
 
@@ -11,6 +12,12 @@ from features.vectors import Vector
 from pipelines.broker import Message
 
 SENT_HEADER = "sent"
+
+
+def in_share(keys: Sequence[object], version: str, share: float) -> bool:
+    """Whether a challenger answers for these entity keys; another version's share takes others."""
+    text = "\x1f".join([version, *map(str, keys)])
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) < share * 2**64
 
 
 def prediction_message(
@@ -27,10 +34,15 @@ def prediction_message(
     score: float,
     timestamp: int,
     sent: int,
-    shadow: dict[str, Any] | None = None,
+    shadow: dict[str, float | None] | None = None,
+    score_ms: dict[str, float] | None = None,
     refresh: int = 0,
 ) -> Message:
-    """One record of `<uc>.predictions`; `event_time`, `timestamp` (the record's) and `sent` (wall clock): epoch ms."""
+    """One record of `<uc>.predictions`; `event_time`, `timestamp` (the record's) and `sent` (wall clock): epoch ms.
+
+    shadow : version that did not answer -> its score, None when it failed or was no number
+    score_ms : version -> ms a row that its run took
+    """
     value = {
         "request_id": request_id,
         "event_time": event_time,
@@ -44,6 +56,7 @@ def prediction_message(
         "arm": arm,
         "score": score,
         "shadow": shadow or {},
+        "score_ms": score_ms or {},
     }
     return Message(
         use_case.topic("predictions"),

@@ -1,100 +1,87 @@
-"""Requests that wait are answered together, by one thread. Nothing waits for company."""
+"""Requests that wait are answered together, on the event loop. Nothing waits for company.
+
+Whatever the loop has read from its sockets by the time it comes back to the queue is one batch: alone at rest, dozens
+under load. A thread would cost two hand-overs of the interpreter lock a batch, more than it could overlap.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from features.errors import UnavailableError
-from services.predict_request import Asked
+from services.predict_request import Answered, Asked
 
 BATCH_ROWS = 256
 WAITING_ROWS = 10_000
 
-Answer = dict[str, Any]
+Answers = tuple[list[Answered], bool]  # in the order of the rows; whether they were logged
 
 
 @dataclass(slots=True)
 class _Waiting:
     rows: list[Asked]
-    loop: asyncio.AbstractEventLoop
-    reply: asyncio.Future[list[Answer]]
+    deadline: float
+    reply: asyncio.Future[Answers]
 
 
 class Batcher:
-    """Gathers what waits and answers it in one thread; at most `WAITING_ROWS` may wait."""
+    """Gathers what waits and answers it in batches; at most `WAITING_ROWS` may wait.
 
-    def __init__(self, answer: Callable[[Sequence[Asked]], list[Answer]]) -> None:
-        self._answer = answer
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._waiting_rows = 0
-        self._count = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="predictor", daemon=True)
-        self._thread.start()
+    clock : monotonic seconds, against which deadlines are held
+    """
 
-    async def submit(self, rows: list[Asked]) -> list[Answer]:
-        """Answers to these rows; raises UnavailableError when too many wait already."""
-        with self._count:
-            if self._waiting_rows + len(rows) > WAITING_ROWS:
-                raise UnavailableError(f"{self._waiting_rows} rows are waiting already: try again later")
-            self._waiting_rows += len(rows)
+    def __init__(
+        self, answer: Callable[[Sequence[Asked]], Answers], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._answer, self._clock = answer, clock
+        self._queue: deque[_Waiting] = deque()
+        self._rows = 0
+
+    def submit(self, rows: list[Asked], deadline: float) -> asyncio.Future[Answers]:
+        """Answers to these rows; UnavailableError when too many wait already, or `deadline` passes first."""
+        if self._rows + len(rows) > WAITING_ROWS:
+            raise UnavailableError(f"{self._rows} rows are waiting already: try again later")
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(rows, loop, loop.create_future())
-        self._queue.put(waiting)
-        return await waiting.reply
+        waiting = _Waiting(rows, deadline, loop.create_future())
+        if not self._queue:
+            loop.call_soon(self._run, loop)
+        self._queue.append(waiting)
+        self._rows += len(rows)
+        return waiting.reply
 
-    def close(self) -> None:
-        """Answer what waits, then end."""
-        self._queue.put(None)
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch, size, last = [first], len(first.rows), False
-            while size < BATCH_ROWS and not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
-                    last = True
-                    break
-                batch.append(following)
-                size += len(following.rows)
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        batch, size, now = list[_Waiting](), 0, self._clock()
+        while self._queue and size < BATCH_ROWS:
+            waiting = self._queue.popleft()
+            self._rows -= len(waiting.rows)
+            if waiting.reply.cancelled():
+                continue
+            if waiting.deadline < now:
+                waiting.reply.set_exception(UnavailableError("its deadline passed before its turn: try again later"))
+            else:
+                batch.append(waiting)
+                size += len(waiting.rows)
+        if self._queue:
+            loop.call_soon(self._run, loop)
+        if batch:
             self._reply(batch)
-            with self._count:
-                self._waiting_rows -= size
-            if last:
-                return
 
     def _reply(self, batch: list[_Waiting]) -> None:
         try:
-            answers = self._answer([row for waiting in batch for row in waiting.rows])
+            answers, logged = self._answer([row for waiting in batch for row in waiting.rows])
         except Exception as error:  # goes to the caller whose row it is
             if len(batch) > 1 and not isinstance(error, UnavailableError):
                 for waiting in batch:
                     self._reply([waiting])
             else:
                 for waiting in batch:
-                    _call(waiting, _fail, error)
+                    waiting.reply.set_exception(error)
             return
         start = 0
         for waiting in batch:
-            _call(waiting, _resolve, answers[start : start + len(waiting.rows)])
+            waiting.reply.set_result((answers[start : start + len(waiting.rows)], logged))
             start += len(waiting.rows)
-
-
-def _call(waiting: _Waiting, act: Callable[[asyncio.Future[Any], Any], None], what: Any) -> None:
-    if not waiting.loop.is_closed():
-        waiting.loop.call_soon_threadsafe(act, waiting.reply, what)
-
-
-def _resolve(reply: asyncio.Future[Any], answers: list[Answer]) -> None:
-    if not reply.done():
-        reply.set_result(answers)
-
-
-def _fail(reply: asyncio.Future[Any], error: Exception) -> None:
-    if not reply.done():
-        reply.set_exception(error)

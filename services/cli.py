@@ -168,7 +168,7 @@ def serve(
     use_case: UseCaseName, port: Annotated[int, typer.Option(min=0, max=65535, help="0: the default.")] = 0
 ) -> None:
     """Run the predictor: POST /predict, /readyz, /metrics, /docs."""
-    from services.predictor import serve
+    from services.serve import serve
 
     serve(Settings.load(), use_case, port)
 

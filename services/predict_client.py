@@ -37,12 +37,14 @@ class PredictClient:
 
     Threads may share it.
 
+    token : `predictor_token`, where it is set
     timeout_s : for one answer; deadline_s : for a request with all its retries, under the same request id
     """
 
     url: str
     timeout_s: float = 10.0
     deadline_s: float = 180.0
+    token: str = ""
     clock: Callable[[], float] = time.time
     _idle: list[http.client.HTTPConnection] = field(default_factory=list)
 
@@ -89,7 +91,7 @@ class PredictClient:
         for request in requests:
             connection = self._connection()
             try:
-                connection.request("POST", "/predict", encode_row(request), {"content-type": "application/json"})
+                connection.request("POST", "/predict", encode_row(request), self._headers)
                 sent.append((request, connection))
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
@@ -110,6 +112,11 @@ class PredictClient:
             else:
                 problem = f"status {response.status}"
         return problem
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        access = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        return {"content-type": "application/json"} | access
 
     def _connection(self) -> http.client.HTTPConnection:
         try:

@@ -24,6 +24,10 @@ class PredictMetrics:
         self.missing = self._counter("missing_rows", "Rows for which a view had no stored row, by view.", ("view",))
         self.stale = self._counter("stale_rows", "Rows for which a view's stored row was past its ttl.", ("view",))
         self.nan_scores = self._counter("nan_scores", "Scores that were not finite and were answered by the prior.")
+        self.shadow_failures = self._counter(
+            "shadow_failures", "Rows of which a challenger made no finite score, by version.", ("version",)
+        )
+        self.dropped = self._counter("dropped_rows", "Answered rows that a full spool did not take.")
         self.store_errors = self._counter("store_errors", "Batches answered without stored features.")
         self.latency = Histogram(
             "penstock_predict_latency_seconds",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -31,6 +31,25 @@ class Asked:
     entities: Row
     fields: Row
     event_time: int | None
+
+
+class Answered(msgspec.Struct):
+    """The answer to one row: which version gave the score, in which arm, with which refresh of its weights; views
+    that read as the empty window, `stale` ones because their row was past its ttl."""
+
+    request_id: str
+    score: float
+    version: str
+    arm: Literal["champion", "canary"]
+    refresh: int
+    missing: list[str]
+    stale: list[str]
+
+
+class Reply(msgspec.Struct):
+    """The body of an answer, in the order of the rows."""
+
+    rows: list[Answered]
 
 
 class Refused(InputError):
@@ -61,7 +80,7 @@ class RequestDecoder:
         self._contract, self._new_id, self._allow_event_time = (use_case.request, new_id, allow_event_time)
         vectorizer = Vectorizer(use_case)
         self._checks = {f.name: f for f in use_case.request.fields if f.type in ("time", float, int)}
-        row = _row_type(use_case.request, use_case.entities, vectorizer.fields)
+        self.row_type = row = _row_type(use_case.request, use_case.entities, vectorizer.fields)
         self._peek = msgspec.json.Decoder(_Peek)
         self._one = msgspec.json.Decoder(row)
         self._many = msgspec.json.Decoder(list[row])  # type: ignore[valid-type]

@@ -75,7 +75,9 @@ class Session:
         self.requests = Followed(self.broker, self.use_case, "requests")
         self.clocked = self.predictions if self.http else self.requests
         self.models = Newest(self.broker, self.use_case.topic("models"))
-        self.client = PredictClient(self.settings.predictor_url, deadline_s=plan.deadline_s)
+        self.client = PredictClient(
+            self.settings.predictor_url, deadline_s=plan.deadline_s, token=self.settings.predictor_token
+        )
         self.log = ReplayLog(log_path(self.settings, self.use_case.name))
         self.logs = self.settings.home / "logs"
         self.start = self._start()

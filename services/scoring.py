@@ -14,7 +14,7 @@ from features.usecase import Row, UseCase
 from pipelines.scorer import Scored, Scorer
 from services import wiring
 from services.predict_request import Refused, RequestDecoder
-from services.serving_state import ModelSlot, Prior, ServingState
+from services.serving_state import ModelSlot, Prior, Serving, ServingState
 from services.settings import Settings
 
 STARTUP_S = 60.0
@@ -22,7 +22,7 @@ STARTUP_S = 60.0
 
 def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer]:
     """Partition -> scorer; all share one model, which follows `<uc>.models`."""
-    slot = ModelSlot(Prior(use_case.prior))
+    slot = ModelSlot(Serving(Prior(use_case.prior)))
     registry, models = wiring.registry(settings), settings.home / "models" / use_case.name
 
     def fetch(version: str) -> Path:
@@ -40,7 +40,7 @@ def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer
         return asked.entities, asked.fields
 
     def score(vectors: Sequence[Row]) -> Scored:
-        model = slot.current
+        model = slot.serving.champion
         return model.score(encode(model.inputs, vectors)).tolist(), model.version, "champion"
 
     return lambda partition: Scorer(use_case, parse, score)

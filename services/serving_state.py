@@ -1,4 +1,4 @@
-"""What serves: the newest state in `<uc>.models`, and the model it names, loaded and swapped in."""
+"""What serves: the newest state in `<uc>.models`, and the models it names, loaded and swapped in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 import msgspec
@@ -19,7 +19,7 @@ import structlog
 from features.errors import InputError, PenstockError, UnavailableError
 from features.inputs import Inputs
 from features.usecase import ModelInputs, UseCase
-from features.vectors import Vectorizer
+from features.vectors import Vectorizer, view_columns
 from pipelines.broker import Broker, Consumer, Record
 from pipelines.checkpoint import unserved_views
 from pipelines.learning import REFRESH_KEY, Refresh
@@ -56,14 +56,26 @@ class Prior:
         return np.full(len(inputs), self.value)
 
 
+class Serving(NamedTuple):
+    """Who scores: the champion answers, but for `share` of the entity keys, which the challenger answers (in shadow 0).
+
+    Immutable, so a batch sees the same models from start to end.
+    """
+
+    champion: Model
+    challenger: Model | None = None
+    share: float = 0.0
+
+    def find(self, version: str) -> Model | None:
+        """The loaded model of this version."""
+        return next((m for m in (self.champion, self.challenger) if m and m.version == version), None)
+
+
+@dataclass
 class ModelSlot:
-    """The model that answers; a swap is one assignment, so a batch sees one model from start to end."""
+    """Where the predictor looks before each batch; a swap of any role is one assignment."""
 
-    def __init__(self, model: Model) -> None:
-        self.current = model
-
-    def swap(self, model: Model) -> None:
-        self.current = model
+    serving: Serving
 
 
 class State(msgspec.Struct):
@@ -71,15 +83,17 @@ class State(msgspec.Struct):
 
     generation: int
     roles: dict[str, str | None]
+    shares: dict[str, float] = {}
 
 
 @dataclass
 class Status:
     """What the follower has done so far.
 
-    generation : newest one applied: its champion was swapped in, or refused
+    generation : newest one applied: its models were swapped in, or refused
     seen : newest one read
     refused : version -> why it does not serve
+    held : those of them that wait for the backfill of a view
     problem : why the newest generation is not applied yet
     caught_up : everything that was in the topic at the start has been applied
     """
@@ -87,6 +101,7 @@ class Status:
     generation: int | None = None
     seen: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
     problem: str = ""
     caught_up: bool = False
 
@@ -114,7 +129,7 @@ class ServingState:
         self._vectorizer = Vectorizer(use_case)
         self._pauses, self._pause, self._retry_at = pauses, pauses[0], 0.0
         self.unserved: frozenset[str] = frozenset()
-        self._asked = 0.0
+        self._asked, self._again = 0.0, False
         self._newest: State | None = None
         self._refreshes_url = refreshes
         self._refreshes: dict[str, Refresh] = {}
@@ -169,6 +184,10 @@ class ServingState:
         found = unserved_views(self._broker, self._use_case.topic("featurizer"))
         if found != self.unserved:
             log.info("views that wait for their backfill", views=sorted(found))
+            for version in self.status.held:
+                del self.status.refused[version]
+            self.status.held = set()
+            self._again = True
         self.unserved, self._asked = found, time.monotonic()
 
     def _at_end(self, consumer: Consumer) -> bool:
@@ -194,7 +213,7 @@ class ServingState:
             self._pause, self._retry_at = self._pauses[0], 0.0
 
     def _is_applied(self) -> bool:
-        return self.status.caught_up and self.status.generation == self.status.seen
+        return self.status.caught_up and self.status.generation == self.status.seen and not self._again
 
     def _apply(self) -> None:
         """Make the newest state, and its champion's newest refresh, what serves, unless the next try is not due."""
@@ -202,9 +221,9 @@ class ServingState:
             return
         try:
             if self._newest is not None and not self._is_applied():
-                self._serve(self._newest.roles.get("champion"))
-                self.status.generation = self._newest.generation
-            self._refresh(self._slot.current)
+                self._serve(self._newest)
+                self.status.generation, self._again = self._newest.generation, False
+            self._refresh()
         except UnavailableError as error:
             self._try_later(error)
             return
@@ -212,21 +231,40 @@ class ServingState:
         self.status.caught_up = True
         self._caught_up.set()
 
-    def _serve(self, version: str | None) -> None:
-        """Load and swap in a version (None: the prior); one that is refused leaves the old one serving."""
+    def _serve(self, state: State) -> None:
+        """Swap in the champion (None: the prior) at once, then the challenger; one that is refused changes nothing."""
+        before, wanted = self._slot.serving, state.roles.get("challenger")
+        champion = self._model(state.roles.get("champion")) or before.champion
+        challenger = before.find(wanted) if wanted and wanted != champion.version else None
+        share = state.shares.get(wanted or "", 0.0)
+        self._slot.serving = Serving(champion, challenger, share)
+        if wanted is not None and wanted != champion.version and challenger is None:
+            self._slot.serving = Serving(champion, self._model(wanted, challenges=True), share)
+        if (now := _versions(self._slot.serving)) != _versions(before):
+            log.info("serves", **now)
+
+    def _model(self, version: str | None, *, challenges: bool = False) -> Model | None:
+        """The model of a version, at hand or loaded; None when it is refused."""
         if version is None:
-            self._slot.swap(Prior(self._use_case.prior))
-        elif version != self._slot.current.version and version not in self.status.refused:
-            try:
-                model = self._load(version)
-            except UnavailableError:
-                raise
-            except PenstockError as error:
-                log.error("version refused, the one before it goes on", version=version, error=str(error))
-                self.status.refused[version] = str(error)
-                return
-            self._slot.swap(model)
-            log.info("version serves", version=version)
+            return Prior(self._use_case.prior)
+        if version in self.status.refused:
+            return None
+        try:
+            model = self._slot.serving.find(version) or self._load(version)
+            if challenges and (views := self._waiting_views(model.inputs)):
+                self.status.held.add(version)
+                raise InputError(f"version {version} reads views that wait for their backfill: {', '.join(views)}")
+        except UnavailableError:
+            raise
+        except PenstockError as error:
+            log.error("version refused, what serves goes on", version=version, error=str(error))
+            self.status.refused[version] = str(error)
+            return None
+        return model
+
+    def _waiting_views(self, inputs: ModelInputs) -> list[str]:
+        views = (view for view in self._use_case.views if view.name in self.unserved)
+        return [v.name for v in views if {c.name for c in view_columns(v)} & set(inputs.columns)]
 
     def _load(self, version: str) -> OnnxModel:
         try:
@@ -239,15 +277,17 @@ class ServingState:
         self._vectorizer.check(model.inputs)
         return model
 
-    def _refresh(self, model: Model) -> None:
-        """Swap in the newest refresh of the version that serves; one that is refused leaves the weights at hand."""
+    def _refresh(self) -> None:
+        """Swap in the champion's newest refresh; one that is refused leaves the weights at hand."""
+        model = self._slot.serving.champion
         newest = self._refreshes.get(model.version)
         if newest is None or not isinstance(model, OnnxModel) or newest.number <= model.refresh or not newest.file:
             return
         if self._tried == (model.version, newest.number):
             return
         try:
-            self._slot.swap(model.refreshed(self._refresh_file(newest), newest.score, newest.number))
+            refreshed = model.refreshed(self._refresh_file(newest), newest.score, newest.number)
+            self._slot.serving = self._slot.serving._replace(champion=refreshed)
         except InputError as error:
             log.error("refresh refused, the weights before it go on", error=str(error))
             self.status.refused[f"{model.version} refresh"] = str(error)
@@ -280,10 +320,15 @@ class ServingState:
         report: dict[str, Any] = {
             "ready": status.caught_up,
             "generation": status.generation,
-            "champion": self._slot.current.version,
-            "refresh": self._slot.current.refresh,
+            **_versions(self._slot.serving),
             "refused": dict(status.refused),
         }
         waiting = "" if status.caught_up else f"{self._use_case.topic('models')} is not read to its end yet"
         problem = status.problem or waiting
         return report | ({"problem": problem} if problem else {})
+
+
+def _versions(serving: Serving) -> dict[str, Any]:
+    champion, challenger, share = serving
+    found = {"champion": champion.version, "refresh": champion.refresh}
+    return found | ({"challenger": challenger.version, "share": share} if challenger else {})

@@ -31,6 +31,10 @@ class Settings:
     rollout_policy : immediate (a version's evaluation decides), standard or cautious (shadow, canary, champion)
     registry_keep_days : how long versions stay that never served
     train_compression : what Horovod's ranks send each other: none, fp16 or powersgd:RANK
+    predictor_token : what callers of `/predict` send as `authorization: Bearer`; needed to listen beyond loopback
+    predictor_workers : processes that answer on one port
+    predictor_deadline_ms : a request that waits longer is answered 503; a caller's x-deadline-ms may say less
+    spool_when_full : refuse (503) or drop (answer, but keep no record) what Kafka has not made room for
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
     """
 
@@ -47,6 +51,9 @@ class Settings:
     airflow_url: str = ""
     predictor_host: str = "127.0.0.1"
     predictor_port: int = 0
+    predictor_token: str = ""
+    predictor_workers: int = 1
+    predictor_deadline_ms: int = 5000
     state_url: str = ""
     offline_keep_days: int = 0
     train_compression: str = "none"
@@ -58,6 +65,7 @@ class Settings:
     rollout_policy: str = "immediate"
     registry_keep_days: float = 1.0
     spool_max_mb: int = 1024
+    spool_when_full: str = "refuse"
 
     @classmethod
     def load(cls, env: Mapping[str, str] = os.environ, file: Path | None = None) -> Settings:

@@ -33,7 +33,8 @@ HOME_OF = {  # vendor -> the files that may know it
     "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
     "lightgbm": {"pipelines/baselines.py"},
     "river": {"pipelines/baselines.py"},
-    "fastapi": {"services/predictor.py"},
+    "fastapi": set(),
+    "starlette": {"services/predict_app.py"},
     "confluent_kafka": set(),
 }
 FILES = [p for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py"))]

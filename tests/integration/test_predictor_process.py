@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.broker import Message
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*_tex
 PROGRAM = """
 import dataclasses, signal, sys, types
 from tests.toy import use_case
-from services.predictor import serve
+from services.serve import serve
 from services.settings import Settings
 name = sys.argv[1]
 module = types.ModuleType(f"features.{name}")
@@ -133,3 +134,22 @@ def test_a_predictor_survives_kills_and_stops_without_losing_a_prediction(predic
     assert {r["request_id"] for r in records} == {"a", "c", *(f"b{i}" for i in range(50))}
     served = {r["request_id"]: (r["version"], r["score"]) for r in records}
     assert all(served[a["request_id"]] == (a["version"], a["score"]) for a in answers)
+
+
+def test_workers_answer_on_one_port_and_a_killed_one_comes_back(predictor: Process) -> None:
+    predictor.environment |= {"PENSTOCK_PREDICTOR_WORKERS": "2"}
+    predictor.start()
+    predictor.publish(1, "1")
+    predictor.reports(generation=1, champion="1", workers=2)
+    asked = [f"a{i}" for i in range(30)]
+    assert {predictor.predict(name)["version"] for name in asked} == {"1"}
+    assert predictor.process
+    workers = psutil.Process(predictor.process.pid).children()
+    assert len(workers) == 2
+    workers[0].kill()
+    predictor.reports(ready=False)
+    predictor.reports(ready=True, generation=1, workers=2)
+    assert predictor.predict("b")["version"] == "1"
+    assert predictor.stop() == 143
+    assert not any(worker.is_running() for worker in workers)
+    assert {r["request_id"] for r in predictor.predictions(31)} == {*asked, "b"}

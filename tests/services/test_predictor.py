@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,92 +17,13 @@ from features.vectors import Vectorizer, empty_row
 from pipelines.memory_store import MemoryStore
 from pipelines.onnx_model import OnnxModel, _session
 from pipelines.step import Rows
-from services.predictor import create_app
-from services.serving_state import ModelSlot, Prior
+from services.predict_app import create_app
+from services.serving_state import ModelSlot, Prior, Serving
 from services.settings import Settings
-from services.spool import Place, Spool
+from services.spool import Spool
 from tests.models import save_model
+from tests.predict_rig import NOW, ROW, Make, Service, Store
 from tests.toy import shop_item, use_case
-
-NOW = 1_767_225_600_123
-ROW = {"request_id": "r1", "entities": {"shop": "a", "item": 1}, "fields": {"price": 6.0}}
-
-
-@dataclass
-class Store:
-    """A memory store that can be away or broken."""
-
-    rows: MemoryStore
-    error: Exception | None = None
-    reads: int = 0
-
-    def read(self, keys: Sequence[Mapping[str, Any]]) -> Any:
-        self.reads += 1
-        if self.error:
-            raise self.error
-        return self.rows.read(keys)
-
-
-@dataclass
-class Service:
-    """The application and what it writes to."""
-
-    store: Store
-    spool: Spool
-    slot: ModelSlot
-    app: Any
-
-    def send(self, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
-        """Send requests (method, path, options) at once."""
-
-        async def go() -> list[httpx.Response]:
-            transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://p") as client:
-                return list(await asyncio.gather(*(client.request(m, p, **o) for m, p, o in requests)))
-
-        return asyncio.run(go())
-
-    def predict(self, body: Any) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.send(("POST", "/predict", {"content": content}))[0]
-
-    def get(self, path: str) -> httpx.Response:
-        return self.send(("GET", path, {}))[0]
-
-    def records(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Spooled (head, value) pairs."""
-        lines = [line.partition(b"\t") for line in self.spool.read(Place(1, 0))[0]]
-        return [(json.loads(head), json.loads(value)) for head, _, value in lines]
-
-    def metric(self, name: str) -> float:
-        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith(f"penstock_predict_{name}")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-
-Make = Callable[..., Service]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    made: list[Service] = []
-
-    def service(declared: Any = use_case, spool_bytes: int = 1 << 20, **settings: Any) -> Service:
-        store = Store(MemoryStore(declared))
-        spool = Spool(tmp_path / "spool", spool_bytes)
-        slot = ModelSlot(Prior(declared.prior))
-        app = create_app(declared, store, spool, slot, Settings(**settings), clock=lambda: NOW)
-        made.append(Service(store, spool, slot, app))
-        return made[-1]
-
-    yield service
-    for each in made:
-        each.app.state.close()
-        each.spool.close()
-
-
-@pytest.fixture
-def service(make: Make) -> Service:
-    return make()
 
 
 def stored(service: Service, time: int = NOW - 5) -> None:
@@ -124,7 +44,6 @@ def test_a_view_that_waits_for_its_backfill_reads_as_missing(service: Service) -
     )
     reply = Service(service.store, service.spool, service.slot, app).predict(ROW)
     assert reply.json()["rows"][0]["missing"] == ["shop_item"]
-    app.state.close()
 
 
 def test_the_prior_answers_before_the_first_version(service: Service) -> None:
@@ -138,7 +57,7 @@ def test_the_prior_answers_before_the_first_version(service: Service) -> None:
 
 def test_a_model_answers_from_stored_and_on_demand_features(service: Service, tmp_path: Path) -> None:
     stored(service)
-    service.slot.swap(OnnxModel.load(save_model(tmp_path / "5", bias=1.0), "5"))
+    service.slot.serving = Serving(OnnxModel.load(save_model(tmp_path / "5", bias=1.0), "5"))
     answer = service.predict(ROW).json()["rows"][0]
     assert answer["version"] == "5"
     assert answer["score"] == pytest.approx(1 / (1 + math.exp(-1.02)), abs=1e-6)
@@ -165,6 +84,7 @@ def test_the_record_holds_what_was_served(service: Service) -> None:
         "arm": "champion",
         "score": 0.3,
         "shadow": {},
+        "score_ms": {"prior": pytest.approx(0, abs=1000)},
     }
 
 
@@ -329,7 +249,7 @@ def test_a_score_that_is_no_number_is_answered_by_the_prior(service: Service, tm
     good = save_model(tmp_path / "7")
     model = OnnxModel.load(good, "6")
     model._session = _session(folder / "model.onnx", model.inputs)
-    service.slot.swap(model)
+    service.slot.serving = Serving(model)
     assert service.predict({"rows": [ROW, ROW]}).json()["rows"][0]["score"] == 0.3
     assert service.metric("nan_scores_total") == 2
     assert service.records()[0][1]["score"] == 0.3
@@ -352,7 +272,7 @@ def test_an_error_in_one_request_does_not_touch_the_others(make: Make) -> None:
 def test_health_readiness_and_metrics(make: Make) -> None:
     service = make()
     assert service.get("/healthz").json() == {"ok": True}
-    assert service.get("/readyz").json() == {"ready": True, "generation": None, "champion": "prior", "refused": {}}
+    assert service.get("/readyz").json() == {"ready": True, "generation": None, "champion": "prior"}
     assert service.metric("generation") == -1
     service.predict(ROW)
     assert service.metric("spool_bytes") == service.spool.waiting_bytes > 0
@@ -363,10 +283,9 @@ def test_not_ready_is_503(tmp_path: Path) -> None:
     report = {"ready": False, "generation": None, "champion": "prior", "problem": "no broker"}
     spool = Spool(tmp_path, 1000)
     store = Store(MemoryStore(use_case))
-    app = create_app(use_case, store, spool, ModelSlot(Prior(0.3)), Settings(), readiness=lambda: report)
-    reply = Service(store, spool, ModelSlot(Prior(0.3)), app).get("/readyz")
+    app = create_app(use_case, store, spool, ModelSlot(Serving(Prior(0.3))), Settings(), readiness=lambda: report)
+    reply = Service(store, spool, ModelSlot(Serving(Prior(0.3))), app).get("/readyz")
     assert (reply.status_code, reply.json()) == (503, report)
-    app.state.close()
     spool.close()
 
 

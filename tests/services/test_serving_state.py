@@ -20,7 +20,7 @@ from features.inputs import Inputs
 from features.usecase import ModelInputs
 from pipelines.broker import Message
 from pipelines.learning import Refresh
-from services.serving_state import ModelSlot, Prior, ServingState
+from services.serving_state import ModelSlot, Prior, Serving, ServingState
 from tests.memory_broker import MemoryBroker
 from tests.models import save_model
 from tests.toy import use_case
@@ -48,7 +48,7 @@ class World:
         self.registry = Registry(folder)
         for version in "123":
             save_model(folder / version, bias=float(version))
-        self.slot = ModelSlot(Prior(0.3))
+        self.slot = ModelSlot(Serving(Prior(0.3)))
         self.state: ServingState | None = None
 
     def follow(self) -> ServingState:
@@ -67,7 +67,9 @@ class World:
     def answer(self) -> float:
         """What the model in the slot says to a row of zeros."""
         f, c = len(use_case.inputs.numbers), len(use_case.inputs.categories)
-        return float(self.slot.current.score(Inputs(np.zeros((1, f), np.float32), np.zeros((1, c), np.int64)))[0])
+        return float(
+            self.slot.serving.champion.score(Inputs(np.zeros((1, f), np.float32), np.zeros((1, c), np.int64)))[0]
+        )
 
     def publish(self, generation: int, champion: str | None, **more: Any) -> None:
         value = {"generation": generation, "roles": {"champion": champion}, "shares": {}, "versions": {}, **more}
@@ -108,7 +110,7 @@ def test_a_champion_that_is_there_at_the_start_serves_before_readiness(world: Wo
     world.publish(2, "2")
     state = world.follow()
     assert state.wait_caught_up(5)
-    assert (state.report()["generation"], world.slot.current.version) == (2, "2")
+    assert (state.report()["generation"], world.slot.serving.champion.version) == (2, "2")
     assert world.registry.fetched == ["2"]
 
 
@@ -237,6 +239,64 @@ def test_a_broker_that_is_away_is_asked_again(world: World, monkeypatch: pytest.
     assert "problem" not in world.state.report()  # type: ignore[union-attr]
 
 
+def roles(champion: str, challenger: str | None, share: float = 0.0) -> dict[str, Any]:
+    """What a state says of two arms."""
+    return {
+        "roles": {"champion": champion, "challenger": challenger},
+        "shares": {champion: 1 - share, challenger: share},
+    }
+
+
+def test_a_challenger_is_loaded_beside_the_champion_promoted_and_dropped(world: World) -> None:
+    world.follow()
+    world.publish(1, "1")
+    world.publish(2, "1", **roles("1", "2"))
+    world.reports(generation=2, champion="1", challenger="2", share=0.0)
+    challenger = world.slot.serving.challenger
+    world.publish(3, "1", **roles("1", "2", 0.25))
+    world.reports(generation=3, share=0.25)
+    world.refresh("1", 1, bias=-1.0)
+    world.reports(refresh=1, challenger="2")
+    world.publish(4, "2", **roles("2", None))
+    world.reports(generation=4, champion="2")
+    assert world.slot.serving == (challenger, None, 0.0)
+    assert world.registry.fetched.count("2") == 1
+
+
+def test_a_challenger_that_is_refused_leaves_the_champion_alone(world: World) -> None:
+    world.follow()
+    (world.registry.folder / "2" / "model.onnx").write_bytes(b"broken")
+    world.publish(1, "1", **roles("1", "2", 0.5))
+    world.reports(generation=1, champion="1", ready=True)
+    assert world.slot.serving.challenger is None
+    assert "version 2" in world.state.report()["refused"]["2"]  # type: ignore[union-attr]
+
+
+def test_a_challenger_that_can_not_be_fetched_does_not_hold_up_the_champion(world: World) -> None:
+    world.follow()
+    world.publish(1, "1", **roles("1", "missing"))
+    world.reports(champion="1", ready=True, generation=1)
+    world.registry.away = True
+    world.publish(2, "1", **roles("1", "2"))
+    world.reports(champion="1", generation=1, problem="version 2 can't be fetched: connection refused")
+    world.registry.away = False
+    world.reports(generation=2, champion="1", challenger="2")
+
+
+def test_a_challenger_waits_for_the_backfill_of_a_view_that_it_reads(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = frozenset({"shop_item"})
+    monkeypatch.setattr("services.serving_state.UNSERVED_S", 0.0)
+    monkeypatch.setattr("services.serving_state.unserved_views", lambda broker, topic: waiting)
+    world.publish(1, "1", **roles("1", "2"))
+    world.follow()
+    world.reports(generation=1, champion="1")
+    assert "shop_item" in world.state.report()["refused"]["2"]  # type: ignore[union-attr]
+    waiting = frozenset()
+    world.reports(champion="1", challenger="2", refused={})
+
+
 def test_no_batch_sees_two_models(world: World) -> None:
     """A scoring thread that never stops sees every version whole while they are swapped under it."""
     world.follow()
@@ -245,7 +305,7 @@ def test_no_batch_sees_two_models(world: World) -> None:
 
     def score() -> None:
         while not stop.is_set():
-            model = world.slot.current
+            model = world.slot.serving.champion
             f, c = len(use_case.inputs.numbers), len(use_case.inputs.categories)
             values = model.score(Inputs(np.zeros((3, f), np.float32), np.zeros((3, c), np.int64)))
             seen.setdefault(model.version, set()).update(np.round(values, 4).tolist())
