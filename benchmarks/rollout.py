@@ -17,7 +17,9 @@ import numpy.typing as npt
 from pipelines.quality import LOSS_CAP, losses
 from pipelines.rollout import PROMOTED, Command, RolloutPolicy, RolloutState, decide, judge
 from pipelines.trial import BLOCK_MS, Tally
-from services.backtest import Backtest
+from services.backtest import Backtest, Plan, default_score_from
+from services.backtest_data import Range
+from services.settings import Settings
 
 Floats = npt.NDArray[np.float64]
 GAINS = (0.0, -0.001, 0.001, 0.002, 0.004)  # of the challenger, nats; negative: it is worse
