@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 CLOCK_KEY = b"clock"
 CLOCK_HEADER = "clock"
 
@@ -17,8 +19,7 @@ Headers = tuple[tuple[str, bytes], ...]
 TopicPartition = tuple[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One record as read: `timestamp` is the broker record's, in epoch ms."""
 
     topic: str
