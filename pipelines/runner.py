@@ -9,6 +9,7 @@ the output tells the positions too, so that a broker which was killed and lost o
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import secrets
@@ -188,6 +189,7 @@ class Runner:
         if once and self._others(0):
             return
         self.ends = {} if once else None
+        gc.freeze()  # what is loaded by now stays: the collector would visit its million objects again and again
         self.consumer = self.broker.consumer(
             list(self.inputs),
             group=self.group,
@@ -207,6 +209,7 @@ class Runner:
             self.consumer.close()
             for one in owned.values():
                 one.producer.close()
+            gc.unfreeze()
 
     def _others(self, own: int) -> bool:
         if others := self.broker.members(self.group) > own:
