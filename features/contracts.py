@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 
 from features.errors import ConfigError, PenstockError
 
@@ -157,10 +158,8 @@ class Contract:
     def _settle(self, values: Sequence[Any]) -> None:
         """Times as epoch ms, and floats checked, in place; raises Invalid."""
         for name in self._times:
-            for value in values:
-                at = getattr(value, name)
-                if at is not None:
-                    setattr(value, name, epoch_ms(at, name))
+            for value, at in zip(values, _epoch_ms([getattr(value, name) for value in values], name), strict=True):
+                setattr(value, name, at)
         for name in self._floats:
             if not all(math.isfinite(getattr(value, name) or 0.0) for value in values):
                 raise Invalid("invalid", f"{name} is not a finite number")
@@ -175,6 +174,16 @@ class Contract:
     def json_schema(self) -> dict[str, Any]:
         """The contract as JSON Schema, for producers."""
         return {"title": self.name, "version": self.version, **msgspec.json.schema(self.struct)}
+
+
+def _epoch_ms(given: list[Any], name: str) -> list[int | None]:
+    """`epoch_ms` of each that is not null."""
+    if set(map(type, given)) != {datetime}:
+        return [None if at is None else epoch_ms(at, name) for at in given]
+    times = np.rint(np.fromiter(map(datetime.timestamp, given), np.float64, len(given)) * 1000).astype(np.int64)
+    if times.min() < 0 or times.max() >= MAX_TIME:
+        raise Invalid("invalid", f"{name} must lie between 1970 and 9999")
+    return list(times.tolist())
 
 
 def epoch_ms(at: int | datetime, name: str = "time") -> int:

@@ -6,9 +6,13 @@ both pass the same contract suite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Protocol
+
+import msgspec
 
 CLOCK_KEY = b"clock"
 CLOCK_HEADER = "clock"
@@ -17,8 +21,7 @@ Headers = tuple[tuple[str, bytes], ...]
 TopicPartition = tuple[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One record as read: `timestamp` is the broker record's, in epoch ms."""
 
     topic: str
@@ -60,6 +63,14 @@ def clock_of(record: Record) -> int | None:
     if record.key != CLOCK_KEY or record.value is not None:
         return None
     return next((int(value) for name, value in record.headers if name == CLOCK_HEADER and value.isdigit()), None)
+
+
+def by_partition(records: Iterable[Record]) -> dict[TopicPartition, list[Record]]:
+    """The records of each partition, in their order."""
+    found: dict[TopicPartition, list[Record]] = {}
+    for tp, run in groupby(records, attrgetter("topic", "partition")):
+        found.setdefault(tp, []).extend(run)
+    return found
 
 
 class Consumer(Protocol):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from features.contracts import Contract, Invalid
-from pipelines.broker import Record, TopicPartition, clock_of
-from pipelines.step import Due, Waiting
+from features.kernel import Ints
+from pipelines.broker import Record, TopicPartition, by_partition, clock_of
+from pipelines.step import Due
 
 
 @dataclass(slots=True)
@@ -33,25 +36,66 @@ class Partition:
     clock: int | None = None
 
     @property
+    def slack(self) -> int:
+        return _ms(self.contract.out_of_orderness)
+
+    @property
     def watermark(self) -> int:
         return max(self.seen, self.clock or 0)
 
 
+class Seen(dict[Any, int]):
+    """Ids of one contract, and the instant at which each was first met; those within the dedupe horizon count."""
+
+    def repeated(self, ids: list[Any], taken: Taken, partition: Partition) -> list[int]:
+        """Which of a partition's next events were met before; the others are noted."""
+        if len(set(ids)) == len(ids) and self.keys().isdisjoint(ids):
+            self.update(zip(ids, np.maximum(taken.times, taken.marks(partition)).tolist(), strict=True))
+            return []
+        repeated, seen, horizon, slack = [], partition.seen, _ms(partition.contract.dedupe), partition.slack
+        for i, (id, time, clock) in enumerate(zip(ids, taken.times.tolist(), taken.clocks.tolist(), strict=True)):
+            mark = max(seen, clock)
+            if self.get(id, -1) >= max(0, mark - horizon):
+                repeated.append(i)
+                continue
+            self.pop(id, None)
+            self[id], seen = max(time, mark), max(seen, time - slack)
+        return repeated
+
+    def forget(self, before: int) -> None:
+        """Drop the oldest."""
+        for id in list(takewhile(lambda id: self[id] < before, self)):
+            del self[id]
+
+
 @dataclass(slots=True)
-class Seen:
-    """Ids of one contract within its dedupe horizon, oldest first."""
+class Taken:
+    """Events of one partition as they were read: their structs, and the clock record in force at each."""
 
-    ids: set[Any] = field(default_factory=set)
-    order: deque[tuple[int, Any]] = field(default_factory=deque)
+    records: list[Record]
+    values: list[Any]
+    clocks: Ints
+    times: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    refused: list[Refused] = field(default_factory=list)
 
-    def first(self, id: Any, time: int, forget_before: int) -> bool:
-        while self.order and self.order[0][0] < forget_before:
-            self.ids.discard(self.order.popleft()[1])
-        if id in self.ids:
-            return False
-        self.ids.add(id)
-        self.order.append((time, id))
-        return True
+    def refuse(self, bad: Mapping[int, tuple[str, str]]) -> None:
+        """Leave these out, for a reason and its detail."""
+        if not bad:
+            return
+        self.refused += [Refused(self.records[i], *why) for i, why in bad.items()]
+        self.records, self.values = (
+            [x for i, x in enumerate(xs) if i not in bad] for xs in (self.records, self.values)
+        )
+        self.clocks = np.delete(self.clocks, list(bad))
+        self.times = np.delete(self.times, list(bad) if len(self.times) else [])
+
+    def column(self, of: Iterable[int]) -> Ints:
+        return np.fromiter(of, np.int64, len(self.records))
+
+    def marks(self, partition: Partition) -> Ints:
+        """The partition's watermark before each."""
+        seen = np.maximum.accumulate(np.append(partition.seen, self.times - partition.slack)[:-1])
+        return np.maximum(seen, self.clocks)
 
 
 class Intake:
@@ -68,7 +112,7 @@ class Intake:
         self.seen = {contract.name: Seen() for contract in inputs.values()}
         self.topics = {topic: i for i, topic in enumerate(sorted({topic for topic, _ in inputs}))}
         self.contracts = [next(c for (t, _), c in inputs.items() if t == topic) for topic in self.topics]
-        self.pending: list[Waiting] = []
+        self.pending = Due(self.contracts)
         self.watermark = 0
         self.counts: Counter[str] = Counter()
 
@@ -81,50 +125,58 @@ class Intake:
         quiet_ms : when all are idle, how long ago the newest record was read: event time goes on at that pace
         at_least : a watermark that another reader of the same records has reached
         """
-        by_partition: dict[TopicPartition, list[Record]] = {}
-        for record in records:
-            by_partition.setdefault((record.topic, record.partition), []).append(record)
-        refused = [r for tp, own in by_partition.items() for r in self._take(tp, own)]
+        taken = [self._take(tp, own) for tp, own in by_partition(records).items()]
         self._move(idle, quiet_ms)
         self.watermark = max(self.watermark, at_least)
-        self.pending.sort()
-        ready = bisect_left(self.pending, (self.watermark,))
-        due, self.pending = self.pending[:ready], self.pending[ready:]
-        return Due(self.contracts, due), refused
+        pending = self.pending.joined([due for due, _ in taken])
+        ready = int(np.searchsorted(pending.places[:, 0], self.watermark))
+        self.pending = pending[ready:]
+        for name, seen in self.seen.items():
+            own = [p for p in self.partitions.values() if p.contract.name == name]
+            seen.forget(min(p.watermark for p in own) - _ms(own[0].contract.dedupe))
+        return pending[:ready], [r for _, refused in taken for r in refused]
 
-    def _take(self, tp: TopicPartition, records: Sequence[Record]) -> list[Refused]:
+    def _take(self, tp: TopicPartition, records: Sequence[Record]) -> tuple[Due, list[Refused]]:
         """Records of one partition, in their order: clocks move it, events wait or are refused."""
         partition = self.partitions[tp]
-        contract, topic, refused = partition.contract, self.topics[tp[0]], []
-        clocks = [clock_of(r) if r.value is None else None for r in records]
-        events = [r for r, clock in zip(records, clocks, strict=True) if clock is None]
-        decoded = iter(contract.decode_many([r.value for r in events]))
-        horizon, slack, seen = _ms(contract.dedupe), _ms(contract.out_of_orderness), self.seen[contract.name]
-        time_of, id_of, ahead = attrgetter(contract.time), contract.id, _ms(contract.max_ahead)
-        for record, clock in zip(records, clocks, strict=True):
-            mark = partition.watermark
-            if clock is not None:
+        taken = self._checked(partition, records)
+        marks, times = taken.marks(partition), taken.times
+        places = np.empty((len(times), 5), np.int64)
+        places[:, 0] = np.maximum(np.maximum(times, marks), self.watermark)
+        places[:, 1:3] = self.topics[tp[0]], tp[1]
+        places[:, 3] = taken.column(r.offset for r in taken.records)
+        places[:, 4] = times
+        partition.seen = max(partition.seen, int(times.max(initial=0)) - partition.slack)
+        self.counts.update(r.reason for r in taken.refused)
+        self.counts["counted_late"] += int((times < marks).sum())
+        return Due(self.contracts, places, taken.records, taken.values), taken.refused
+
+    def _checked(self, partition: Partition, records: Sequence[Record]) -> Taken:
+        """The events among the records, without those that are refused."""
+        contract, events, clocks = partition.contract, [], []
+        for record in records:
+            if record.value is None and (clock := clock_of(record)) is not None:
                 partition.clock = max(clock, partition.clock or 0)
-                continue
-            value = next(decoded)
-            if isinstance(value, Invalid):
-                refused.append(Refused(record, value.reason, value.detail))
-                continue
-            time = record.timestamp if contract.by_arrival else time_of(value)
-            if time > record.timestamp + ahead:
-                late = f"event time is {(time - record.timestamp) / 1000:.0f} s ahead of the record's timestamp"
-                refused.append(Refused(record, "future", late))
-                continue
-            if id_of and not seen.first(id := getattr(value, id_of), max(time, mark), mark - horizon):
-                refused.append(Refused(record, "duplicate", f"{id_of} {id!r} was seen before"))
-                continue
-            if time < mark:
-                self.counts["counted_late"] += 1
-            applied = max(time, mark, self.watermark) if time < mark else max(time, self.watermark)
-            partition.seen = max(partition.seen, time - slack)
-            self.pending.append(Waiting(applied, topic, record.partition, record.offset, time, record, value))
-        self.counts.update(r.reason for r in refused)
-        return refused
+            else:
+                events.append(record)
+                clocks.append(partition.clock or 0)
+        taken = Taken(events, contract.decode_many([r.value for r in events]), np.array(clocks, np.int64))
+        taken.refuse({i: (v.reason, v.detail) for i, v in enumerate(taken.values) if isinstance(v, Invalid)})
+        taken.times = taken.column(
+            (r.timestamp for r in taken.records)
+            if contract.by_arrival
+            else map(attrgetter(contract.time), taken.values)
+        )
+        ahead = taken.times - taken.column(r.timestamp for r in taken.records)
+        future = np.flatnonzero(ahead > _ms(contract.max_ahead)).tolist()
+        late = "event time is {:.0f} s ahead of the record's timestamp"
+        taken.refuse({i: ("future", late.format(ahead[i] / 1000)) for i in future})
+        if contract.id:
+            ids, seen = list(map(attrgetter(contract.id), taken.values)), self.seen[contract.name]
+            repeated = seen.repeated(ids, taken, partition)
+            taken.refuse({i: ("duplicate", f"{contract.id} {ids[i]!r} was seen before") for i in repeated})
+        taken.refused.sort(key=lambda r: r.record.offset)
+        return taken
 
     def _move(self, idle: Collection[TopicPartition], quiet_ms: int) -> None:
         holding = [p.watermark for tp, p in self.partitions.items() if p.clock is not None or tp not in idle]
@@ -137,8 +189,8 @@ class Intake:
         return {
             "watermark": self.watermark,
             "partitions": [[t, p, s.seen, s.clock] for (t, p), s in self.partitions.items()],
-            "seen": {name: list(s.order) for name, s in self.seen.items()},
-            "pending": [[w.applied, *pack_record(w.record)] for w in self.pending],
+            "seen": {name: [(time, id) for id, time in s.items()] for name, s in self.seen.items()},
+            "pending": [[e.applied, *pack_record(e.record)] for e in self.pending if e.record],
             "counts": dict(self.counts),
         }
 
@@ -148,13 +200,19 @@ class Intake:
             if (topic, p) in self.partitions:
                 self.partitions[topic, p].seen, self.partitions[topic, p].clock = seen, clock
         for name, order in data["seen"].items():
-            self.seen[name] = Seen({id for _, id in order}, deque((time, id) for time, id in order))
-        for applied, *packed in data["pending"]:
-            record = unpack_record(packed)
-            value = (contract := self.contracts[self.topics[record.topic]]).decode(record.value)
-            place = (self.topics[record.topic], record.partition, record.offset)
-            time = record.timestamp if contract.by_arrival else contract.time_of(value)
-            self.pending.append(Waiting(applied, *place, time, record, value))
+            self.seen[name] = Seen({id: time for time, id in order})
+        records = [unpack_record(packed) for _, *packed in data["pending"]]
+        topics = [self.topics[r.topic] for r in records]
+        values = [self.contracts[t].decode(r.value) for t, r in zip(topics, records, strict=True)]
+        places = [
+            (applied, t, r.partition, r.offset, _time(self.contracts[t], r, value))
+            for (applied, *_), t, r, value in zip(data["pending"], topics, records, values, strict=True)
+        ]
+        self.pending = Due(self.contracts, np.array(places, np.int64).reshape(-1, 5), records, values)
+
+
+def _time(contract: Contract, record: Record, value: Any) -> int:
+    return record.timestamp if contract.by_arrival else contract.time_of(value)
 
 
 def pack_record(record: Record) -> list[Any]:

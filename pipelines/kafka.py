@@ -7,21 +7,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from features.errors import ConfigError, FencedError, InputError, PenstockError, UnavailableError
-from pipelines.broker import Consumer, Message, Position, Producer, Record
+from features.kernel import Ints, compiled, inlined
+from pipelines.broker import Consumer, Headers, Message, Position, Producer, Record
 from pipelines.broker import TopicPartition as Partition
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*_text is deprecated", DeprecationWarning)  # how kafka-python reads its schemas
     from kafka import AsyncConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
     from kafka import errors as kafka_errors
+    from kafka.consumer.fetcher import Fetcher
     from kafka.coordinator.assignors.abstract import ConsumerProtocolAssignment
     from kafka.coordinator.assignors.range import RangePartitionAssignor
     from kafka.future import Future
+    from kafka.record.util import decode_varint
     from kafka.structs import OffsetAndMetadata
 
 BOOTSTRAP_S = 10.0
@@ -227,6 +233,100 @@ class Together(RangePartitionAssignor):  # type: ignore[misc]  # kafka-python ha
         return super().assign(cluster, [first]) | {member.member_id: nothing for member in others}
 
 
+@inlined
+def _varint(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
+    """A number in zigzag, and where it ends."""
+    number, shift = 0, 0
+    while at < len(data) and shift < 64:
+        byte = data[at]
+        number |= np.int64(byte & 127) << shift  # type: ignore[assignment]  # an int to numba
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            break
+    return (number >> 1) ^ -(number & 1), at
+
+
+@compiled
+def _find_records(data: NDArray[np.uint8], at: int, found: Ints) -> int:
+    """Where the records of a batch are, which begin at `at`; returns where they end, -1 when they are malformed.
+
+    found : [n, 8] for each its timestamp and offset less the batch's, where its key begins and its length, the same of
+        its value (length below 0: null), the number of its headers and where they begin
+    """
+    for i in range(len(found)):
+        length, at = _varint(data, at)
+        end = at + length
+        if length < 0 or end > len(data):
+            return -1
+        found[i, 0], at = _varint(data, at + 1)
+        found[i, 1], at = _varint(data, at)
+        for j in (2, 4):
+            found[i, j + 1], found[i, j] = _varint(data, at)
+            at = found[i, j] + max(0, found[i, j + 1])
+            if at > end:
+                return -1
+        found[i, 6], found[i, 7] = _varint(data, at)
+        at = end
+    return at
+
+
+def compile_kernels() -> None:
+    """Compile what consumers run, once per machine."""
+    _find_records(np.frombuffer(b"", np.uint8), 0, np.empty((0, 8), np.int64))
+
+
+def _records(tp: TopicPartition, batch: Any) -> list[Record]:
+    """A batch's records, found in one go: the client's own reader takes 8 to 15 us for each."""
+    data, found = bytes(iter(batch)._buffer), np.empty((batch.records_count, 8), np.int64)
+    if _find_records(np.frombuffer(data, np.uint8), batch._pos, found) != len(data):
+        raise kafka_errors.CorruptRecordError(f"malformed record batch at offset {batch.base_offset} of {tp}")
+    found[:, 0] = batch.max_timestamp if batch.timestamp_type else found[:, 0] + batch.first_timestamp
+    found[:, 1] += batch.base_offset
+    return [
+        Record(
+            tp.topic,
+            tp.partition,
+            offset,
+            timestamp,
+            None if key_size < 0 else data[key : key + key_size],
+            None if size < 0 else data[value : value + size],
+            _headers(data, at, count) if count else (),
+        )
+        for timestamp, offset, key, key_size, value, size, count, at in zip(*found.T.tolist(), strict=True)
+    ]
+
+
+def _headers(data: bytes, at: int, count: int) -> Headers:
+    headers = []
+    for _ in range(count):
+        size, at = decode_varint(data, at)
+        name, at = data[at : at + size].decode(), at + size
+        size, at = decode_varint(data, at)
+        headers.append((name, data[at : at + size]))
+        at += max(0, size)
+    return tuple(headers)
+
+
+class _Fetched(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-python has no types
+    """What was fetched of a partition, as our records."""
+
+    def _unpack_records(self, tp: TopicPartition, records: Any, *_: Any) -> Iterator[Record]:
+        while (batch := records.next_batch()) is not None:
+            if batch.magic != 2 or not batch.validate_crc():
+                raise kafka_errors.CorruptRecordError(f"batch of {tp} fails its checksum, or is older than Kafka 0.11")
+            self.leader_epoch = batch.leader_epoch
+            if batch.has_producer_id():
+                self._consume_aborted_transactions_up_to(batch.last_offset)
+                if self._contains_abort_marker(batch):
+                    self.aborted_producer_ids.discard(batch.producer_id)
+            if not batch.is_control_batch and not self._is_batch_aborted(batch):
+                for record in _records(tp, batch):
+                    self.next_fetch_offset = record.offset + 1
+                    yield record
+            self.next_fetch_offset = batch.next_offset
+        self.drain()
+
+
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
     """Passes rebalances on to the consumer.
 
@@ -260,6 +360,7 @@ class _Consumer:
         all_committed: Callable[[], dict[Partition, Position]],
     ) -> None:
         self._kafka, self._all_committed = kafka, all_committed
+        kafka._fetcher.PartitionRecords = _Fetched
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._closing = False
         self._error: BaseException | None = None
@@ -306,11 +407,7 @@ class _Consumer:
             self._put_back(batches)
             self._tell_assigned()
             return []
-        return [
-            Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, tuple(r.headers))
-            for batch in batches.values()
-            for r in batch
-        ]
+        return list(chain.from_iterable(batches.values()))
 
     def _free_slot(self) -> None:
         """kafka-python gives back what it has put aside for a partition that was paused only when its slot for records

@@ -9,6 +9,7 @@ the output tells the positions too, so that a broker which was killed and lost o
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import secrets
@@ -23,7 +24,17 @@ import structlog
 
 from features.errors import StateError
 from features.usecase import UseCase
-from pipelines.broker import Broker, Consumer, Message, Position, Producer, Record, TopicPartition, clock_message
+from pipelines.broker import (
+    Broker,
+    Consumer,
+    Message,
+    Position,
+    Producer,
+    Record,
+    TopicPartition,
+    by_partition,
+    clock_message,
+)
 from pipelines.checkpoint import (
     Checkpoints,
     Committed,
@@ -178,6 +189,7 @@ class Runner:
         if once and self._others(0):
             return
         self.ends = {} if once else None
+        gc.freeze()  # what is loaded by now stays: the collector would visit its million objects again and again
         self.consumer = self.broker.consumer(
             list(self.inputs),
             group=self.group,
@@ -197,6 +209,7 @@ class Runner:
             self.consumer.close()
             for one in owned.values():
                 one.producer.close()
+            gc.unfreeze()
 
     def _others(self, own: int) -> bool:
         if others := self.broker.members(self.group) > own:
@@ -233,19 +246,18 @@ class Runner:
 
     def _turn(self) -> None:
         """One poll, one call per owned partition, the commits that are due."""
-        records = self._within_ends(self.consumer.poll(self._patience(), POLL_RECORDS))
+        records = self.consumer.poll(self._patience(), POLL_RECORDS)
         now = time.monotonic()
-        by_partition: dict[int, list[Record]] = {}
-        for record in records:
-            by_partition.setdefault(self._task_of(record.partition), []).append(record)
-            self.last_read[record.topic, record.partition] = now
+        mine: dict[int, list[Record]] = {}
+        for tp, own in self._within_ends(by_partition(records)).items():
+            mine.setdefault(self._task_of(tp[1]), []).extend(own)
+            self.last_read[tp] = now
         drained = len(records) < POLL_RECORDS  # else another partition's records may wait in the client
         for i, owned in self.owned.items():
-            mine = by_partition.get(i, [])
-            if mine:
+            if i in mine:
                 owned.newest_read = now
             idle, quiet_ms = self._idle(i, now) if drained and self.ends is None else ([], 0)
-            moved = self._advance(i, mine, idle, quiet_ms, now)
+            moved = self._advance(i, mine.get(i, []), idle, quiet_ms, now)
             self._balance(owned, now)
             if self._is_due(i, moved, now):
                 self._commit(i)
@@ -273,15 +285,17 @@ class Runner:
         busy = self.ends is not None or any(o.waiting or o.eventful for o in self.owned.values())
         return self.idle_timeout if busy else max(self.idle_timeout, IDLE_POLL_S)
 
-    def _within_ends(self, records: list[Record]) -> list[Record]:
+    def _within_ends(self, read: dict[TopicPartition, list[Record]]) -> dict[TopicPartition, list[Record]]:
         """Without what lies behind the ends of a bounded run, which stays unread."""
         if self.ends is None:
-            return records
+            return read
         for tp, end in self.ends.items():
             if self._task_of(tp[1]) in self.owned and self.consumer.position(tp) >= end:
                 self.consumer.seek(tp, end)
                 self.consumer.pause([tp])
-        return [r for r in records if r.offset < self.ends[r.topic, r.partition]]
+                if tp in read:
+                    read[tp] = [r for r in read[tp] if r.offset < end]
+        return read
 
     def _idle(self, i: int, now: float) -> tuple[list[TopicPartition], int]:
         """The inputs that have ended and are silent; if all are, for how many ms."""

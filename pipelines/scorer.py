@@ -69,7 +69,7 @@ class Scorer:
         places = np.flatnonzero(others)
         out.rejected = [Rejection(events[int(places[r.position])], r.reason, r.detail) for r in refused]
         waiting = {name: Rows(name, rows.keys, rows.times, dict(rows.columns)) for name, rows in changed.items()}
-        asked = [events[i] for i in np.flatnonzero(~others).tolist()]
+        asked = list(events.take(np.flatnonzero(~others)))
         answers = [a for e in asked if (a := self._vector(e, waiting, out))]
         self._apply(waiting, watermark)
         if answers:

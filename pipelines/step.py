@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from features.contracts import Contract
 from features.engine import Events
 from features.kernel import Ints
 from pipelines.broker import Message, Record
+
+NOWHERE = np.zeros((0, 5), np.int64)
 
 
 @dataclass(slots=True)
@@ -31,26 +33,26 @@ class Event:
     record: Record | None = None
 
 
-class Waiting(NamedTuple):
-    """A record that waits for its time; they sort in the order in which they count."""
-
-    applied: int
-    topic: int
-    partition: int
-    offset: int
-    time: int
-    record: Record
-    value: Any
-
-
 class Due(Sequence[Event]):
-    """Events in the order they count, one by one or in columns."""
+    """Events in the order they count, one by one or in columns.
 
-    def __init__(self, contracts: Sequence[Contract], items: Sequence[Waiting]) -> None:
-        self._contracts, self._items = contracts, items
+    places : [n, 5] of each the instant from which it counts, its topic (by number), partition, offset and event time
+    records, values : [n] what was read, and decoded
+    """
+
+    def __init__(
+        self, contracts: Sequence[Contract], places: Ints = NOWHERE, records: Sequence[Record] = (), values: Any = ()
+    ) -> None:
+        self._contracts, self.places, self.records, self.values = contracts, places, records, values
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Event]:
+        for (applied, topic, partition, _, time), record, value in zip(
+            self.places.tolist(), self.records, self.values, strict=True
+        ):
+            yield Event(self._contracts[topic], value, time, applied, partition, record)
 
     @overload
     def __getitem__(self, at: int) -> Event: ...
@@ -60,23 +62,31 @@ class Due(Sequence[Event]):
 
     def __getitem__(self, at: int | slice) -> Event | Due:
         if isinstance(at, slice):
-            return Due(self._contracts, self._items[at])
-        applied, topic, partition, _, time, record, value = self._items[at]
-        return Event(self._contracts[topic], value, time, applied, partition, record)
+            return Due(self._contracts, self.places[at], self.records[at], self.values[at])
+        return next(iter(self.take(np.array([at]))))
+
+    def take(self, at: Ints) -> Due:
+        """Those at these positions."""
+        chosen = at.tolist()
+        return Due(
+            self._contracts, self.places[at], [self.records[i] for i in chosen], [self.values[i] for i in chosen]
+        )
+
+    def joined(self, others: Sequence[Due]) -> Due:
+        """These and others, in order."""
+        parts = [self, *others]
+        records, values = [r for p in parts for r in p.records], [v for p in parts for v in p.values]
+        together = Due(self._contracts, np.concatenate([p.places for p in parts]), records, values)
+        return together.take(np.lexsort(together.places[:, 3::-1].T))
 
     def since(self, time: int) -> Due:
         """Those of event time `time` (epoch ms) or later."""
-        return Due(self._contracts, [item for item in self._items if item.time >= time]) if time else self
+        return self.take(np.flatnonzero(self.places[:, 4] >= time)) if time else self
 
     def columns(self) -> Events:
         """All of them for the engine."""
-        names = tuple(c.name for c in self._contracts)
-        if not self._items:
-            none = np.zeros(0, np.int64)
-            return Events(names, none, [], none, none)
-        applied, topics, _, _, times, _, values = zip(*self._items, strict=True)
-        kind, time, when = (np.array(column, np.int64) for column in (topics, times, applied))
-        return Events(names, kind, list(values), time, when)
+        applied, topics, _, _, times = self.places.T
+        return Events(tuple(c.name for c in self._contracts), topics, list(self.values), times, applied)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from features.usecase import UseCase
 from features.windows import pack, unpack
 from pipelines.broker import Message, Record, TopicPartition
-from pipelines.intake import Intake, Refused, pack_record, unpack_record
+from pipelines.intake import Intake, Refused, unpack_record
 from pipelines.step import Rows, Step
 from pipelines.tables import arrow_table, from_bytes, to_bytes
 
@@ -102,7 +102,7 @@ class Task:
 
 def pack_call(records: Sequence[Record], idle: Collection[TopicPartition], quiet_ms: int) -> list[Any]:
     """One call of `advance` as plain values, for a delta snapshot."""
-    return [[pack_record(r) for r in records], [list(tp) for tp in sorted(idle)], quiet_ms]
+    return [records, [list(tp) for tp in sorted(idle)], quiet_ms]
 
 
 def _length(rows: list[Any]) -> int:

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from features.errors import FencedError, InputError, UnavailableError
 from pipelines.broker import Consumer, Message, Position, Producer, Record, TopicPartition
 
@@ -118,7 +120,7 @@ class MemoryBroker:
         with self.changed:
             log = self.logs[partition]
             if entry.record is not None:
-                entry = replace(entry, record=replace(entry.record, offset=len(log)))
+                entry = replace(entry, record=msgspec.structs.replace(entry.record, offset=len(log)))
             log.append(entry)
             self.changed.notify_all()
 

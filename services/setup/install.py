@@ -29,7 +29,7 @@ POM = HERE / "kafka-pom.xml"
 LOCK = ROOT / "requirements.lock"
 STAMP = VENV / "penstock.json"
 PYTHON = VENV / "bin/python"
-KERNELS = (ROOT / "features/kernel.py", ROOT / "features/timers.py")
+KERNELS = tuple(ROOT / name for name in ("features/kernel.py", "features/timers.py", "pipelines/kafka.py"))
 HEARTBEAT_S = 30.0
 BEGAN = time.monotonic()
 CUDA_ARCHITECTURES = "80,90"
@@ -242,11 +242,14 @@ def _project(stamp: dict[str, str], wanted: Mapping[str, str]) -> None:
 
 
 def _kernels(stamp: dict[str, str], wanted: Mapping[str, str]) -> None:
-    """The window engine's machine code, which numba keeps beside its source."""
+    """The machine code of the window engine and the record reader, which numba keeps beside its source."""
     if stamp.get("kernels") == wanted["kernels"]:
         return
     _say("compiling the window engine")
-    _run("kernels", [str(PYTHON), "-c", "from features.engine import compile_kernels; compile_kernels()"])
+    compile_all = (
+        "from features import engine; from pipelines import kafka; [m.compile_kernels() for m in (engine, kafka)]"
+    )
+    _run("kernels", [str(PYTHON), "-c", compile_all])
     _write_stamp(stamp, kernels=wanted["kernels"])
 
 

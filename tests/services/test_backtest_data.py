@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from features.usecase import UseCase, load
 from pipelines.broker import Record
 from pipelines.joiner import Joiner, predictions_contract
 from pipelines.scorer import Scorer
-from pipelines.step import Due, Event, Waiting
+from pipelines.step import Due, Event
 from services import backtest_data, clickstream, source, timetable
 from services.backtest_data import DAY_MS, Range
 from services.progress import Progress
@@ -39,18 +40,17 @@ def one_by_one(use_case: UseCase, events: Source, over: Range) -> dict[str, dict
     names = [c.name for c in contracts]
     for i, event in enumerate(events.events(over.from_ms, over.until_ms)):
         value = use_case.contract(event.event).decode(event.value)
-        items.append(
-            Waiting(event.time, names.index(event.event), 0, i, event.time, Record("", 0, i, 0, None, None), value)
-        )
+        items.append((event.time, names.index(event.event), 0, i, event.time, value))
     ask = scorer.inputs[use_case.topic("requests")]
     for i, request in enumerate(events.requests(over.from_ms, over.until_ms)):
         (asked,) = decoder.decode(msgspec.json.encode(request.row))
         value = ask.decode(msgspec.json.encode(request.row))
         value.entities, value.fields = asked.entities, asked.fields
-        items.append(
-            Waiting(request.time, names.index("requests"), 0, i, request.time, Record("", 0, i, 0, None, None), value)
-        )
-    messages = scorer.process(Due(contracts, sorted(items, key=lambda w: w[:4])), over.until_ms).messages
+        items.append((request.time, names.index("requests"), 0, i, request.time, value))
+    items.sort(key=lambda item: item[:4])
+    records = [Record("", 0, item[3], 0, None, None) for item in items]
+    due = Due(contracts, np.array([item[:5] for item in items]), records, [item[5] for item in items])
+    messages = scorer.process(due, over.until_ms).messages
     predicted, wait = predictions_contract(use_case), use_case.label.wait.total_seconds() * 1000
     values = [predicted.decode(m.value) for m in messages]
     heard = [Event(predicted, v, v.event_time, v.event_time) for v in values]
