@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,48 @@ class Recipe:
             )
 
     @classmethod
-    def from_scratch(cls) -> Recipe:
-        """For a use case's first version."""
-        return cls()
+    def from_scratch(cls, online: OnlineRecipe | None = None) -> Recipe:
+        """For a use case's first version, of the net that goes on learning by `online`. Rates and weight decay stay
+        this recipe's own: weights of few days need another regime than weights of a stream."""
+        return replace(cls(), **{name: getattr(online, name) for name in NET}) if online else cls()
 
-    @classmethod
-    def warm(cls) -> Recipe:
+    def warm(self) -> Recipe:
         """For a version that starts from the champion's weights."""
-        return cls(epochs=1, rate=2.5e-4)
+        return replace(self, epochs=1, rate=2.5e-4)
+
+
+@dataclass(frozen=True)
+class OnlineRecipe:
+    """How the net learns from a stream.
+
+    first : examples after which it first learns, in `epochs` passes at `first_rate`, and again when there are twice as
+        many, until `last_start`: what little data teaches is better learned anew than unlearned
+    rate : learning rate afterwards
+    batch : examples a step
+    replay : batches of earlier examples for each new one
+    memory : the newest so many examples are replayed
+    refit : examples after which the trees are grown anew
+    calibrate : the newest so many examples, as scored before they were learned, say how members and trees are blended
+    """
+
+    first: int = 2_000
+    last_start: int = 32_000
+    epochs: int = 3
+    first_rate: float = 1e-3
+    rate: float = 5e-4
+    batch: int = 256
+    replay: int = 4
+    memory: int = 400_000
+    refit: int = 20_000
+    calibrate: int = 40_000
+    weight_decay: float = 0.1
+    target_weight: float = 3.0
+    members: int = 4
+    hidden: tuple[int, ...] = (192, 96)
+    trees: int = 200
+
+
+NET = ("members", "hidden", "trees", "target_weight")  # what both recipes say of the net
 
 
 @dataclass(frozen=True)
@@ -79,6 +113,7 @@ class Job:
     holdout : the last so many ms before the cut are scored before they are trained on
     max_examples : the newest so many are used
     seed : of weights, permutations and dropout
+    settings : what a search found for it, as `pipelines.learners` reads them; the version carries them
     row_log : folder for the rows each rank took, step by step, or empty
     """
 
@@ -94,6 +129,7 @@ class Job:
     recipe: Recipe = field(default_factory=Recipe)
     max_examples: int = 500_000
     seed: int = 0
+    settings: str = ""
     row_log: str = ""
 
     @property

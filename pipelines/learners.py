@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from features.errors import InputError
 from features.usecase import UseCase
 from pipelines import baselines
-from pipelines.job import Job
+from pipelines.job import Job, OnlineRecipe
 from pipelines.learner import Learner
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
@@ -32,14 +32,27 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What a number may be in a search, both ends included; whole when they are. `log`: it matters by its factor."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Space = Mapping[str, Span | tuple[str, ...]]  # of settings; or one of these, as they are written
+
+
+@dataclass(frozen=True)
 class Kind:
     """One kind of learner: its settings with their defaults, how it is made, and how many labels it gets at a time;
-    one that learns `at_cuts` gets those of a whole cut."""
+    one that learns `at_cuts` gets those of a whole cut. `space`: what a search varies."""
 
     settings: Mapping[str, Any]
     make: Callable[[Context, Mapping[str, Any]], Learner]
     update_every: int = 256
     at_cuts: bool = False
+    space: Space = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,11 @@ class Spec:
 
     def make(self, context: Context) -> Learner:
         return self.kind.make(context, self.settings)
+
+    @property
+    def changed(self) -> str:
+        """The settings that are not the kind's defaults, as `parse` reads them after the name."""
+        return written({k: v for k, v in self.settings.items() if v != self.kind.settings[k]})
 
 
 def parse(text: str) -> Spec:
@@ -69,6 +87,17 @@ def parse(text: str) -> Spec:
     return Spec(text, kind, settings)
 
 
+def written(settings: Mapping[str, Any]) -> str:
+    """Settings as `parse` reads them after the name."""
+    texts = {k: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in settings.items()}
+    return ",".join(f"{k}={v}" for k, v in texts.items())
+
+
+def online_recipe(settings: str) -> OnlineRecipe:
+    """The recipe of the learner `online` with these settings."""
+    return OnlineRecipe(**{k: v for k, v in parse(f"online:{settings}").settings.items() if k != "seed"})
+
+
 def _value(what: str, default: Any, text: str) -> Any:
     """A setting of its default's type; a list of numbers is written 192x96."""
     try:
@@ -78,13 +107,13 @@ def _value(what: str, default: Any, text: str) -> Any:
 
 
 def _online() -> Kind:
-    from pipelines.online import OnlineNet, OnlineRecipe
-
     def make(context: Context, settings: Mapping[str, Any]) -> Learner:
+        from pipelines.online import OnlineNet
+
         case, recipe = context.use_case, {k: v for k, v in settings.items() if k != "seed"}
         return OnlineNet(case.inputs, len(case.label.targets), case.prior, OnlineRecipe(**recipe), settings["seed"])
 
-    return Kind({f.name: f.default for f in fields(OnlineRecipe)} | {"seed": 0}, make)
+    return Kind({f.name: f.default for f in fields(OnlineRecipe)} | {"seed": 0}, make, space=ONLINE)
 
 
 def _frozen() -> Kind:
@@ -106,7 +135,7 @@ def _refit(batch: Callable[..., baselines.Batch], settings: dict[str, Any]) -> K
         fit = batch(**{k: v for k, v in given.items() if k != "every_days"})
         return baselines.Refit(fit, case.inputs, case.prior, every, context.score_from)
 
-    return Kind({"every_days": 28} | settings, make)
+    return Kind({"every_days": 28} | settings, make, space=BOOSTED)
 
 
 def _river(context: Context, settings: Mapping[str, Any]) -> Learner:
@@ -117,6 +146,17 @@ def _rate(context: Context, settings: Mapping[str, Any]) -> Learner:
     return baselines.RollingRate(context.use_case.prior, settings["hours"] * HOUR_MS)
 
 
+ONLINE: Space = {
+    "first_rate": Span(2e-4, 4e-3, log=True),
+    "rate": Span(5e-5, 3e-3, log=True),
+    "weight_decay": Span(1e-3, 10.0, log=True),
+    "target_weight": Span(0.3, 10.0, log=True),
+    "replay": Span(1, 8),
+    "members": Span(1, 6),
+    "hidden": ("96x48", "192x96", "256x128"),
+    "trees": Span(50, 400),
+}
+BOOSTED: Space = {"rounds": Span(20, 800, log=True), "leaves": Span(4, 63, log=True), "rate": Span(0.01, 0.3, log=True)}
 TREES = {"rounds": 400, "leaves": 31, "rate": 0.03, "seed": 0}
 KINDS: dict[str, Callable[[], Kind]] = {
     "online": _online,

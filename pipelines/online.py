@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,39 +14,9 @@ from features.inputs import Floats, Inputs, Ragged
 from features.usecase import ModelInputs
 from pipelines import net
 from pipelines.archive import Examples
+from pipelines.job import OnlineRecipe
 
 TRUST = 100.0  # in the blend that trees and members start with, as many examples' worth
-
-
-@dataclass(frozen=True)
-class OnlineRecipe:
-    """How the net learns from a stream.
-
-    first : examples after which it first learns, in `epochs` passes at `first_rate`, and again when there are twice as
-        many, until `last_start`: what little data teaches is better learned anew than unlearned
-    rate : learning rate afterwards
-    batch : examples a step
-    replay : batches of earlier examples for each new one
-    memory : the newest so many examples are replayed
-    refit : examples after which the trees are grown anew
-    calibrate : the newest so many examples, as scored before they were learned, say how members and trees are blended
-    """
-
-    first: int = 2_000
-    last_start: int = 32_000
-    epochs: int = 3
-    first_rate: float = 1e-3
-    rate: float = 5e-4
-    batch: int = 256
-    replay: int = 4
-    memory: int = 400_000
-    refit: int = 20_000
-    calibrate: int = 40_000
-    weight_decay: float = 0.1
-    target_weight: float = 3.0
-    members: int = 4
-    hidden: tuple[int, ...] = (192, 96)
-    trees: int = 200
 
 
 class Replay:

@@ -15,7 +15,8 @@ from features.inputs import Floats, Inputs
 from features.usecase import ModelInputs
 from pipelines import net
 from pipelines.archive import Examples
-from pipelines.online import OnlineNet, OnlineRecipe, Replay
+from pipelines.learners import online_recipe
+from pipelines.online import OnlineNet, Replay
 from pipelines.onnx_model import example_inputs
 
 MEMORY = 16_384
@@ -38,7 +39,8 @@ class Refresher(OnlineNet):
         torch.set_num_threads(1)  # the predictor beside it needs the others; batches are small
         declaration = json.loads((folder / "inputs.json").read_bytes())
         shape = {"members": declaration["members"], "hidden": tuple(declaration["hidden"])}
-        recipe = replace(OnlineRecipe(), trees=declaration["trees"], memory=memory, refit=NEVER, **shape)
+        recipe = online_recipe(declaration.get("settings", ""))
+        recipe = replace(recipe, trees=declaration["trees"], memory=memory, refit=NEVER, **shape)
         self.targets_named = tuple(declaration["targets"])
         super().__init__(ModelInputs.from_json(declaration), len(self.targets_named), 0.5, recipe)
         net.load_weights(self.model, folder)

@@ -158,6 +158,18 @@ class Registry:
             self._client.delete_model_version(name, version)
             self._client.delete_run(run.info.run_id)
 
+    def settings(self, name: str) -> str:
+        """What the last search found that was better, as `pipelines.learners` reads it; empty without one."""
+        with self._answering():
+            found = self._client.search_registered_models(f"name='{name}'")
+        return str(found[0].tags.get("settings", "")) if found else ""
+
+    def set_settings(self, name: str, settings: str) -> None:
+        """Have later retrains use these settings."""
+        with self._answering():
+            self._create_model(name)
+            self._client.set_registered_model_tag(name, "settings", settings)
+
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias (champion, say) at a version."""
         with self._answering():

@@ -14,6 +14,7 @@ from features.inputs import Floats, Inputs
 from features.usecase import UseCase
 from pipelines.archive import Examples
 from pipelines.job import Champion, Job, Recipe
+from pipelines.learners import online_recipe
 from pipelines.onnx_model import OnnxModel
 from pipelines.rollout import Command, RolloutPolicy, RolloutState, decide
 
@@ -21,23 +22,29 @@ MS = timedelta(milliseconds=1)
 LONGEST_HOLDOUT = timedelta(days=1)
 
 
-def make_job(use_case: UseCase, files: Sequence[str], champion: Champion | None, cut: int, folder: Path) -> Job:
-    """The job of a cut; it starts from the champion where that is the same kind of net."""
+def make_job(
+    use_case: UseCase, files: Sequence[str], champion: Champion | None, cut: int, folder: Path, settings: str = ""
+) -> Job:
+    """The job of a cut; it starts from the champion where that is the same kind of net. What is held out, at most a
+    day, the champion has not learned either."""
+    holdout = min(LONGEST_HOLDOUT, use_case.retrain_every) // MS
     job = Job(
         files=tuple(files),
         inputs=use_case.inputs,
         targets=tuple(use_case.label.targets),
         result=str(folder / "result"),
         cut=cut,
-        holdout=min(LONGEST_HOLDOUT, use_case.retrain_every) // MS,
+        holdout=min(holdout, cut - champion.cut) if champion else holdout,
         champion=champion,
-        recipe=Recipe.from_scratch(),
+        recipe=Recipe.from_scratch(online_recipe(settings)),
         seed=cut // 1000 % 2**31,
+        settings=settings,
     )
-    warm = replace(job, warm_start=True, recipe=Recipe.warm())
+    warm = replace(job, warm_start=True, recipe=job.recipe.warm())
     if champion is None:
         return job
     declared = json.loads((Path(champion.folder) / "inputs.json").read_bytes())
+    declared.pop("settings", None)
     return warm if declared == warm.declaration else job
 
 

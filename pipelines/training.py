@@ -208,7 +208,7 @@ class Worker:
         """The version's files; result.json last, so that it vouches for the others."""
         folder, examples = Path(self.job.result), self.data.examples
         example = examples.inputs.take(slice(-net.EXAMPLE_ROWS, None))
-        net.export(self.model, folder, self.job.declaration, example)
+        net.export(self.model, folder, self.job.declaration | {"settings": self.job.settings}, example)
         net.write(folder / "evaluation.json", json.dumps(self.state.evaluation).encode())
         result = {
             "examples": len(examples),

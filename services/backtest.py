@@ -86,14 +86,15 @@ def default_score_from(over: Range) -> int:
 
 
 class Backtest:
-    """The learners' scores of one plan; what is computed is kept below `home`, so a second run goes on from there."""
+    """The learners' scores of one plan; what is computed is kept below `home`, so a second run goes on from there.
+    Its examples are `made`, or those of the plan's range."""
 
-    def __init__(self, home: Path, plan: Plan, shown: bool = True) -> None:
+    def __init__(self, home: Path, plan: Plan, shown: bool = True, made: Made | None = None) -> None:
         self.home, self.plan, self.shown = home / "backtest" / plan.use_case, plan.check(), shown
         self.use_case = backtest_data.only(load(plan.use_case), plan.leak)
         say = self.progress("days")
         say.line("examples")
-        self.made: Made = backtest_data.examples(
+        self.made = made or backtest_data.examples(
             self.home, load(plan.use_case), source_of(plan.use_case), plan.over, say
         )
         self.examples = self._load()
@@ -118,7 +119,7 @@ class Backtest:
         return parts[0] if len(parts) == 1 else (blended([s for s, _ in parts]), sum(t for _, t in parts))
 
     def _learned(self, spec: Spec) -> tuple[Any, float]:
-        path = self.home / "scores" / f"{self._key(spec)}.npz"
+        path = self.home / "scores" / f"{self.key(spec)}.npz"
         if path.exists():
             with np.load(path) as kept:
                 return kept["scores"], float(kept["seconds"])
@@ -128,8 +129,7 @@ class Backtest:
         learner = spec.make(self.context(path.with_suffix("")))
         kept = Kept(path.with_suffix(".part"), self.plan.score_from, learner.snapshot, say)
         position = kept.resume(learner.restore)
-        period = self.use_case.retrain_every // MS if spec.kind.at_cuts else 0
-        scores = run(learner, self.examples, self._every(spec), self.plan.over.tick, period, position, kept.turned)
+        scores = run(learner, self.examples, *self.pace(spec), position, kept.turned)
         _save(path, scores=scores, seconds=kept.seconds)
         kept.path.unlink(missing_ok=True)
         return scores, kept.seconds
@@ -138,14 +138,16 @@ class Backtest:
         """What learners of this backtest are made for; `folder` takes the files of one that has some."""
         return Context(self.use_case, self.plan.score_from, self.made.files, folder, run_job)
 
-    def _every(self, spec: Spec) -> int:
-        return self.plan.update_every or spec.kind.update_every
+    def pace(self, spec: Spec) -> tuple[int, int, int]:
+        """How a learner gets its labels: `every`, `tick_ms` and `period_ms` of `pipelines.backtest.run`."""
+        every = self.plan.update_every or spec.kind.update_every
+        return every, self.plan.over.tick, self.use_case.retrain_every // MS if spec.kind.at_cuts else 0
 
-    def _key(self, spec: Spec) -> str:
+    def key(self, spec: Spec) -> str:
         """Names all that the scores follow from."""
         plan = {k: v for k, v in asdict(self.plan).items() if k not in ("learners", "update_every")}
-        name, made = spec.text.partition(":")[0], Path(self.made.files[0]).parent.name
-        what = [plan, name, dict(spec.settings), self._every(spec), made]
+        name = spec.text.partition(":")[0]
+        what = [plan, name, dict(spec.settings), self.pace(spec)[0], self.made.name]
         text = json.dumps([*what, self.use_case.inputs.as_json(), backtest_data.code_hash(LEARNER_CODE)])
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -257,26 +259,37 @@ def _published(settings: Settings, test: Backtest, result: Result) -> Result:
     result |= {"report": str(folder / "report.html"), "mlflow_run": None}
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "report.html").write_text(page(result))
-    result["mlflow_run"] = _logged(settings, test, result, folder)
+    params, metrics = _params(test, result), _metrics(result)
+    result["mlflow_run"] = log_run(settings, test, "backtest", params, metrics, folder)
     return result
 
 
-def _logged(settings: Settings, test: Backtest, result: Result, folder: Path) -> str:
-    """Log an MLflow run at the server when it answers, else in a database below `home`; says where."""
-    from pipelines.registry import Registry
-
+def _params(test: Backtest, result: Result) -> dict[str, str]:
     plan = asdict(test.plan)
     params = {k: str(v) for k, v in (plan | plan.pop("over")).items()} | {"code_version": result["code_version"]}
     for text in test.plan.learners:
         for part in text.split("+"):
             params |= {f"{part.partition(':')[0]}.{k}": str(v) for k, v in parse(part).settings.items()}
+    return params
+
+
+def _metrics(result: Result) -> dict[str, float]:
     metrics = {k: result[k] for k in ("auc", "log_loss", "brier", "events_per_s") if result[k] is not None}
     for i, figures in enumerate(result["learners"].values()):
         metrics |= {f"learner_{i}_{k}": figures[k] for k in ("auc", "log_loss", "brier") if figures[k] is not None}
+    return metrics
+
+
+def log_run(
+    settings: Settings, test: Backtest, what: str, params: dict[str, str], metrics: dict[str, float], folder: Path
+) -> str:
+    """Log an MLflow run at the server when it answers, else in a database below `home`; says where."""
+    from pipelines.registry import Registry
+
     local = f"sqlite:///{(test.home / 'mlflow.db').resolve()}"
     for url, artifacts in ((settings.mlflow_url, None), (local, (test.home / "mlruns").resolve().as_uri())):
         try:
-            _, run_id = Registry(url).log_run(f"{test.plan.use_case}_backtest", params, metrics, folder, artifacts)
+            _, run_id = Registry(url).log_run(f"{test.plan.use_case}_{what}", params, metrics, folder, artifacts)
             return f"{run_id} at {url}"
         except UnavailableError:
             if url == local:
@@ -292,7 +305,7 @@ def as_text(result: Result) -> str:
         f"{'learner':<40} AUC     log loss Brier   calibration error  events/s",
     ]
     for text, q in result["learners"].items():
-        error = _figure(q["calibration"]["error"])
+        error = figure(q["calibration"]["error"])
         lines.append(f"{text:<40} {_figures(q)}   {error}              {q['events_per_s']:>9,.0f}")
     held = [(t, q["held_out"]) for t, q in result["learners"].items() if "held_out" in q]
     if held:
@@ -304,7 +317,7 @@ def as_text(result: Result) -> str:
     lines += ["", "month    examples   " + "   ".join(f"{t[:18]:<18}" for t in result["learners"])]
     for i, month in enumerate(result["months"]):
         each = [q["months"][i] for q in result["learners"].values()]
-        shown = "   ".join(f"{_figure(m['auc'])} {_figure(m['log_loss'])}".ljust(18) for m in each)
+        shown = "   ".join(f"{figure(m['auc'])} {figure(m['log_loss'])}".ljust(18) for m in each)
         lines.append(f"{month['month']}  {month['examples']:>8,}   {shown}")
     return "\n".join([*lines, "", f"report  {result['report']}", f"MLflow  {result['mlflow_run']}"])
 
@@ -316,8 +329,8 @@ def difference(d: Mapping[str, Any]) -> str:
 
 
 def _figures(q: Mapping[str, Any]) -> str:
-    return "   ".join(_figure(q[name]) for name in ("auc", "log_loss", "brier"))
+    return "   ".join(figure(q[name]) for name in ("auc", "log_loss", "brier"))
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     return "  -  " if value is None else f"{value:.4f}".removeprefix("0")

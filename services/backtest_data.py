@@ -57,12 +57,14 @@ class Made:
 
     days : [start (epoch ms), events and requests, seconds]
     refused : events that the engine could not use
+    name : stands for the examples in what is kept of them
     """
 
     files: tuple[str, ...]
-    days: tuple[tuple[int, int, float], ...]
-    refused: int
-    seconds: float
+    name: str
+    days: tuple[tuple[int, int, float], ...] = ()
+    refused: int = 0
+    seconds: float = 0.0
 
 
 def code_hash(patterns: Sequence[str]) -> str:
@@ -86,7 +88,7 @@ def examples(home: Path, use_case: UseCase, source: Source, over: Range, progres
         temporary.rename(folder)
     made = json.loads((folder / "made.json").read_text())
     files = tuple(str(p) for p in sorted(folder.glob("*.parquet")))
-    return Made(files, tuple(map(tuple, made["days"])), made["refused"], made["seconds"])
+    return Made(files, name, tuple(map(tuple, made["days"])), made["refused"], made["seconds"])
 
 
 def _make(folder: Path, use_case: UseCase, source: Source, over: Range, progress: Progress) -> None:

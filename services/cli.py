@@ -300,6 +300,47 @@ def backtest(
 
 
 @app.command()
+def tune(
+    use_case: UseCaseName,
+    trials: Annotated[int, typer.Option(min=1, help="In all: the same command again goes on to so many.")] = 20,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes of one thread.")] = 2,
+    timeout: Annotated[
+        timedelta | None, typer.Option(parser=parse_duration, metavar="DURATION", help="No more trials after it.")
+    ] = None,
+    learner: Annotated[str, typer.Option(metavar="NAME[:setting=value,...]", help="Whose settings.")] = "online",
+    from_: Annotated[
+        datetime | None,
+        typer.Option("--from", parser=parse_day, metavar="DATE", help="Of recorded data; else the live examples."),
+    ] = None,
+    until: Annotated[datetime | None, typer.Option(parser=parse_day, metavar="DATE", help="UTC, excluded.")] = None,
+    score_from: Annotated[
+        datetime | None, typer.Option(parser=parse_day, metavar="DATE", help="Default: after the first 31 days.")
+    ] = None,
+    held_from: Annotated[
+        datetime | None, typer.Option(parser=parse_day, metavar="DATE", help="The search sees nothing after it.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Horovod processes of the challenger.")] = 2,
+    challenger: Annotated[bool, typer.Option(help="Train a version with settings that are better.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Search for better settings over backtests; judge them on later requests; train a challenger with them."""
+    if (from_ is None) is not (until is None):
+        raise typer.BadParameter("--from and --until go together; without both, the live examples are searched on")
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
+    from services import tune as search
+
+    settings = Settings.load()
+    start, end, first, held = (
+        None if at is None else round(at.timestamp() * 1000) for at in (from_, until, score_from, held_from)
+    )
+    with progress_on_stderr():
+        task = search.make_task(settings, use_case, learner, start, end, first, held, challenger)
+        seconds = timeout.total_seconds() if timeout else None
+        result = search.tune(settings, task, trials, jobs, seconds, ranks if challenger else None)
+    show(result, as_json, search.as_text(result))
+
+
+@app.command()
 def backfill(
     use_case: UseCaseName,
     view: Annotated[str, typer.Option(help="The stream feature view that is new or was changed.")],

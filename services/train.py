@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from features.usecase import UseCase, load
 from pipelines.broker import Broker
-from pipelines.checkpoint import listed_files
+from pipelines.checkpoint import listed_files, watermark_of
 from pipelines.job import Champion, Job
 from pipelines.registry import Registry, Version
 from pipelines.retrain import make_job
@@ -52,27 +53,38 @@ class TrainResult:
         return asdict(self)
 
 
-def train(settings: Settings, name: str, ranks: int, timeline: Path | None = None) -> TrainResult:
+def train(
+    settings: Settings, name: str, ranks: int, timeline: Path | None = None, *, unannounced: bool = False
+) -> TrainResult:
     """Train, evaluate and register the version of the newest cut, unless it is there or there is too little to learn.
 
-    Any number of calls, after a crash too, register one version per cut. `timeline` is a file that gets Horovod's.
+    Any number of calls, after a crash too, register one version per cut and settings; those that the last search found
+    better are used. `timeline` is a file that gets Horovod's; `unannounced` : up to the newest closed archive files
+    when that is later than the newest cut.
     """
     use_case, broker, registry = load(name), wiring.broker(settings), wiring.registry(settings)
     home = settings.home / "train"
-    with _alone(home, name):
+    with alone(home, name, "training"):
         cut, total = newest_cut(broker, use_case)
+        if unannounced:
+            cut = max(cut or 0, closed_until(broker, use_case)) or None
         if cut is None:
             return TrainResult(None, None, f"{name}: no cut has been announced yet, nothing to train")
         state = _state(broker, use_case)
         versions = registry.versions(name)
-        if same := [v for v in versions if v.tags.get("cut") == str(cut) and "refresh_of" not in v.tags]:
+        tuned = registry.settings(name)
+        serves = state.get("roles", {}).get("champion")
+        if serves and (learned := int(state["versions"][serves]["cut"])) >= cut:
+            text = f"{name}: no new cut, version {serves} serves and has learned up to {iso(learned)}"
+            return TrainResult(None, cut, text)
+        if same := [v for v in versions if _is_of(v, cut, tuned)]:
             return _already(name, cut, same[-1], state)
         if not versions and total < use_case.min_examples:
             few = f"{total:,} examples before the cut {iso(cut)}, the first version waits for {use_case.min_examples:,}"
             return TrainResult(None, cut, f"{name}: {few}")
         folder = home / f"{name}-{cut}"
         champion = _champion(registry, name, state, settings.home / "models" / name)
-        job = _job(settings, use_case, broker, champion, cut, folder)
+        job = _job(settings, use_case, broker, champion, cut, folder, tuned)
         result = run_job(job, folder, ranks, timeline)
         made = _register(registry, use_case, job, result)
         shutil.rmtree(folder)
@@ -90,6 +102,12 @@ def newest_cut(broker: Broker, use_case: UseCase) -> tuple[int | None, int]:
     return (max(announced), sum(totals[max(announced)].values())) if announced else (None, 0)
 
 
+def closed_until(broker: Broker, use_case: UseCase) -> int:
+    """The instant (epoch ms) before which every example is in closed archive files; 0 when there is none."""
+    every = use_case.file_every // timedelta(milliseconds=1)
+    return (watermark_of(broker, use_case.topic("joiner"), use_case.partitions) or 0) // every * every
+
+
 def _state(broker: Broker, use_case: UseCase) -> dict[str, Any]:
     """The newest `<uc>.models` state; empty before the first."""
     newest = Newest(broker, use_case.topic("models"))
@@ -97,6 +115,11 @@ def _state(broker: Broker, use_case: UseCase) -> dict[str, Any]:
         return dict(newest.read().get(b"state") or {})
     finally:
         newest.close()
+
+
+def _is_of(version: Version, cut: int, settings: str) -> bool:
+    tags = version.tags
+    return tags.get("cut") == str(cut) and tags.get("settings", "") == settings and "refresh_of" not in tags
 
 
 def _already(name: str, cut: int, version: Version, state: dict[str, Any]) -> TrainResult:
@@ -107,11 +130,11 @@ def _already(name: str, cut: int, version: Version, state: dict[str, Any]) -> Tr
 
 
 def _job(
-    settings: Settings, use_case: UseCase, broker: Broker, champion: Champion | None, cut: int, folder: Path
+    settings: Settings, use_case: UseCase, broker: Broker, champion: Champion | None, cut: int, folder: Path, tuned: str
 ) -> Job:
     """The job of a cut; it starts from the champion where that is the same kind of net."""
     files = listed_files(settings.state_url, use_case.name, "joiner", "examples", broker)
-    job = make_job(use_case, files, champion, cut, folder)
+    job = make_job(use_case, files, champion, cut, folder, tuned)
     return replace(job, recipe=replace(job.recipe, compression=settings.train_compression))
 
 
@@ -144,7 +167,7 @@ def _register(registry: Registry, use_case: UseCase, job: Job, result: dict[str,
     metrics = {key: float(evaluation[key]) for key in MEASURES if evaluation.get(key) is not None}
     metrics |= {"examples": float(result["examples"]), "training_s": result["seconds"]}
     tags = {key: str(result[key]) for key in ("range_from", "latest_label_time", "examples")}
-    tags |= {"cut": str(job.cut), "code_version": code_version()}
+    tags |= {"cut": str(job.cut), "code_version": code_version(), "settings": job.settings}
     tags["warm_start"] = job.champion.version if job.champion and job.warm_start else ""
     version = registry.register(name, folder, metrics, tags)
     text = f"{name}: version {version} has learned {result['examples']:,} examples up to {iso(job.cut)}"
@@ -165,13 +188,13 @@ def code_version() -> str:
 
 
 @contextmanager
-def _alone(home: Path, name: str) -> Iterator[None]:
-    """One training of a use case at a time; a second one waits, and then finds the version of the first."""
+def alone(home: Path, name: str, what: str) -> Iterator[None]:
+    """One training, or search, of a use case at a time; a second one waits, and then finds what the first has made."""
     home.mkdir(parents=True, exist_ok=True)
     with open(home / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{name}: another training runs, waiting for it", flush=True)
+            print(f"{name}: another {what} runs, waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

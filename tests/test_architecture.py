@@ -32,6 +32,7 @@ HOME_OF = {  # vendor -> the files that may know it
     | {"benchmarks/ranks.py"},
     "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
     "lightgbm": {"pipelines/baselines.py"},
+    "optuna": {"pipelines/search.py"},
     "river": {"pipelines/baselines.py"},
     "fastapi": set(),
     "starlette": {"services/predict_app.py"},

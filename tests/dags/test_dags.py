@@ -29,11 +29,11 @@ print("RESULT" + json.dumps([dags, bag.import_errors, seconds], default=str))
 RENDER = """
 import sys
 sys.path.insert(0, {folder!r})
-import retrain
+import training
 class Instance:
     def xcom_pull(self, task_ids):
         return {version!r}
-task = retrain.flights_retrain.get_task("consider")
+task = training.flights_retrain.get_task("consider")
 print("RESULT" + task.render_template(task.bash_command, {{"ti": Instance()}}))
 """
 
@@ -57,7 +57,7 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
 def test_dags_parse_without_errors_in_under_a_second(parsed: Any) -> None:
     dags, errors, seconds = parsed
     assert errors == {}
-    assert "flights_retrain" in dags
+    assert {"flights_retrain", "flights_tune", "clicks_retrain", "clicks_tune"} == set(dags)
     assert seconds < 1.0
 
 
@@ -76,6 +76,16 @@ def test_retrain_trains_in_its_pool_then_considers(parsed: Any) -> None:
     assert tasks["train"]["pool"] == "training"
     assert tasks["train"]["bash_command"] == "exec penstock train flights --ranks 2 --json"
     assert tasks["train"]["downstream_task_ids"] == ["consider"]
+
+
+def test_tune_asks_for_trials_and_jobs_then_considers(parsed: Any) -> None:
+    dag = parsed[0]["flights_tune"]
+    params = {name: param["default"] for name, param in dag["params"]}
+    assert params == {"trials": 20, "jobs": 2} and "0 3 * * 3" in json.dumps(dag["timetable"])
+    tasks = {t["__var"]["task_id"]: t["__var"] for t in dag["tasks"]}
+    assert list(tasks) == ["train", "consider"] and tasks["train"]["pool"] == "training"
+    asked = "--trials {{ params.trials }} --jobs {{ params.jobs }}"
+    assert tasks["train"]["bash_command"] == f"exec penstock tune flights {asked} --json"
 
 
 @pytest.mark.parametrize(("version", "command"), [("3", "exec penstock rollout flights consider 3"), (None, "exit 99")])

@@ -9,8 +9,9 @@ import pytest
 from features.usecase import EventSequence
 from pipelines import archive, quality
 from pipelines.archive import Examples
+from pipelines.job import OnlineRecipe
 from pipelines.learner import Learner
-from pipelines.online import OnlineNet, OnlineRecipe, Replay
+from pipelines.online import OnlineNet, Replay
 from tests.archive_files import INPUTS, TARGETS, write_archive
 
 DECLARED = replace(INPUTS, sequences=(EventSequence("both", ("recent", "sizes")),))

@@ -124,3 +124,11 @@ def test_an_absent_mlflow_is_told_soon(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1 "):
         Registry(NOBODY).versions("shop")
     assert time.monotonic() - started < 30
+
+
+def test_settings_for_retrains_are_kept_with_the_model(server: str) -> None:
+    registry = Registry(server)
+    assert registry.settings("tuned") == ""
+    for text in ("rate=0.001", "rate=0.002,hidden=16x8"):
+        registry.set_settings("tuned", text)
+        assert registry.settings("tuned") == text and registry.versions("tuned") == []

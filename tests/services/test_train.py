@@ -31,9 +31,13 @@ class MemoryRegistry:
 
     def __init__(self, root: Path) -> None:
         self.root, self.made = root, []  # type: ignore[var-annotated]
+        self.found = ""
 
     def versions(self, name: str) -> list[Version]:
         return list(self.made)
+
+    def settings(self, name: str) -> str:
+        return self.found
 
     def register(self, name: str, folder: Path, metrics: dict[str, float], tags: dict[str, str]) -> str:
         version = str(len(self.made) + 1)
@@ -56,8 +60,12 @@ class World:
         checkpoints = Checkpoints(f"{home}/state/toy/joiner/0", "owner")
         tables = [pq.read_table(f) for f in write_archive(home / "rows", 2000, days=17)]
         files = [checkpoints.write_table("examples", table, i) for i, table in enumerate(tables)]
-        name = checkpoints.save_base(Plan("featurizer", {}, {}), b"", files)
-        position = Position(0, f"{name}:{START + 20 * DAY}")
+        self.snapshot = checkpoints.save_base(Plan("featurizer", {}, {}), b"", files)
+        self.advance(START + 20 * DAY)
+
+    def advance(self, watermark: int) -> None:
+        """The joiner has committed so far."""
+        position = Position(0, f"{self.snapshot}:{watermark}")
         self.broker.groups["toy.joiner"].committed[("toy.predictions", 0)] = position
 
     def send(self, *messages: Message) -> None:
@@ -74,8 +82,8 @@ class World:
         state["decisions"] = [{"version": version, "action": "promoted"}]
         self.send(Message("toy.models", json.dumps(state).encode(), b"state"))
 
-    def train(self) -> service.TrainResult:
-        return service.train(self.settings, "toy", 1)
+    def train(self, **how: bool) -> service.TrainResult:
+        return service.train(self.settings, "toy", 1, **how)
 
 
 @pytest.fixture
@@ -146,7 +154,7 @@ def test_a_second_version_starts_from_the_champion(world: World, jobs: list[Job]
     first, second = jobs
     assert first.champion is None and first.recipe == Recipe.from_scratch()
     assert second.champion and second.champion.version == "1" and second.champion.cut == CUT
-    assert second.warm_start and second.recipe == Recipe.warm() and second.holdout == DAY
+    assert second.warm_start and second.recipe == Recipe().warm() and second.holdout == DAY
     assert world.registry.made[1].tags["warm_start"] == "1"
 
 
@@ -169,6 +177,30 @@ def test_another_shape_of_net_starts_from_scratch(world: World, jobs: list[Job])
     world.announce(CUT + 7 * DAY, 3000)
     world.train()
     assert jobs[1].targets == ("strong",) and jobs[1].champion and not jobs[1].warm_start
+
+
+def test_settings_that_a_search_found_make_another_version_of_a_cut(world: World, jobs: list[Job]) -> None:
+    world.announce(CUT, 2000)
+    world.train()
+    world.registry.found = "rate=0.001,members=2,hidden=16x8"
+    assert world.train().version == "2"
+    assert (jobs[1].recipe.members, jobs[1].recipe.hidden, jobs[1].recipe.rate) == (2, (16, 8), Recipe().rate)
+    assert jobs[1].settings == world.registry.made[1].tags["settings"] == world.registry.found
+    assert world.train().version == "2"
+    world.decide("2", CUT)
+    assert "serves and has learned up to" in str(world.train()) and len(jobs) == 2
+
+
+def test_up_to_closed_files_what_is_held_out_is_new_to_the_champion(world: World, jobs: list[Job]) -> None:
+    world.announce(CUT, 2000)
+    world.train()
+    world.decide("1", CUT)
+    world.advance(CUT + DAY // 2 + 1)
+    assert world.train().version is None
+    made = world.train(unannounced=True)
+    assert made.version == "2" and made.cut == jobs[1].cut == CUT + DAY // 2 and jobs[1].holdout == DAY // 2
+    world.decide("2", CUT + DAY // 2)
+    assert world.train().version is None and len(jobs) == 2
 
 
 def test_a_crash_before_registration_does_not_train_again(
