@@ -79,7 +79,7 @@ class Retrain:
         tags = {"cut": cut, "latest_label_time": json.loads((result / "result.json").read_bytes())["latest_label_time"]}
         evidence = json.loads((result / "evaluation.json").read_bytes())
         command = Command("consider", version, id=version, evidence=evidence, tags=tags)
-        self.state, decision = decide(self.state, command, RolloutPolicy.standard(), cut)
+        self.state, decision = decide(self.state, command, RolloutPolicy.immediate(), cut)
         print(decision.sentence, flush=True)
         self._load()
 
