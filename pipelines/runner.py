@@ -153,6 +153,7 @@ class Runner:
     rejects : whether refused records go to `<uc>.rejected`; not those that another step refuses too
     whole : the step has all partitions together, and its state is stored whole whenever it asks (`Outputs.keep`) and
         only then: what it has read since is read again after a crash. For a step whose work is not to be done twice
+    recover : the step's newest state from elsewhere, for one that has lost its snapshots
     """
 
     def __init__(
@@ -168,11 +169,12 @@ class Runner:
         idle_timeout: float = 0.05,
         adoption: Adopts | None = None,
         rejects: bool = True,
+        recover: Callable[[], bytes] | None = None,
         whole: bool = False,
     ) -> None:
         self.broker, self.use_case, self.make_step, self.state_url = broker, use_case, make_step, state_url
         self.store, self.on_commit, self.policy, self.idle_timeout = store, on_commit, policy, idle_timeout
-        self.adoption, self.rejects, self.whole = adoption, rejects, whole
+        self.adoption, self.rejects, self.whole, self.recover = adoption, rejects, whole, recover
         probe = make_step(0)
         self.name, self.inputs, self.outputs = probe.name, dict(probe.inputs), list(probe.outputs)
         self.group = f"{use_case.name}.{self.name}"
@@ -449,18 +451,22 @@ class Runner:
         committed = self._settled(i, producer, checkpoints)
         files: list[str] = []
         unserved: set[str] = set()
-        if newest := newest_of(committed):
+        newest = newest_of(committed)
+        if newest and self.recover and not checkpoints.has(newest.snapshot):
+            self.log.warning("snapshot lost, state rebuilt", partition=i, snapshot=newest.snapshot)
+            task.step.restore(self.recover())
+        elif newest:
             loaded, added = checkpoints.load(newest.snapshot, Plan.of(task.step), self._has_backfill(i))
             files, unserved = loaded.files, {*newest.unserved, *added}
             task.unserved = frozenset(unserved)
             task.restore(loaded.state, loaded.deltas)
-            for tp, position in committed.items():
-                self.consumer.seek(tp, position.offset)
         elif checkpoints.newest() > 1:
             raise StateError(
                 f"{root} holds snapshots, but group {self.group} has no committed positions: "
                 "restore the group's offsets, or remove the folder to start over"
             )
+        for tp, position in committed.items():
+            self.consumer.seek(tp, position.offset)
         checkpoints.clean(files)
         self.consumer.resume(self._inputs(i))
         if self.ends is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from features.errors import ConfigError, PenstockError
 from features.usecase import UseCase, load
 from pipelines.runner import CommitPolicy, Runner
-from services import wiring
+from services import rollout, wiring
 from services.settings import Settings
 
 STEPS = ("featurizer", "joiner", "scorer", "learner", "control")
@@ -59,7 +60,12 @@ def _step(settings: Settings, use_case: UseCase, name: str) -> tuple[Callable[[i
         if settings.rollout_policy not in POLICIES:
             raise ConfigError(f"setting rollout_policy: {settings.rollout_policy!r} is none of {', '.join(POLICIES)}")
         policy = POLICIES[settings.rollout_policy]()
-        return lambda partition: ControlStep(use_case, policy), {"on_commit": Mirror(settings, use_case.name)}
+
+        def recover() -> bytes:
+            return json.dumps(rollout.status(settings, use_case.name)).encode()
+
+        extras = {"on_commit": Mirror(settings, use_case.name), "recover": recover}
+        return lambda partition: ControlStep(use_case, policy), extras
     if name == "learner":
         from services.learning import Registrar, make_learner
 

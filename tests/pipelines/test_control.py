@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -81,13 +82,14 @@ def test_under_the_runner_with_a_broken_command_between(tmp_path: Path) -> None:
     broker.create_topics({f"toy.{name}": {} for name in ("commands", "evidence", "models", "rejected")}, 1)
     committed: list[Message] = []
 
-    def work(values: list[bytes], wanted: int) -> list[dict[str, Any]]:
+    def work(values: list[bytes], wanted: int, lost: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """States in `toy.models` once a fresh runner has acted on these commands."""
         runner = Runner(
             broker,
             use_case,
             lambda partition: ControlStep(use_case),
             str(tmp_path),
+            recover=lambda: json.dumps(lost).encode(),
             on_commit=committed.extend,
             policy=replace(CommitPolicy(), seconds=0.02),
             idle_timeout=0.01,
@@ -113,6 +115,9 @@ def test_under_the_runner_with_a_broken_command_between(tmp_path: Path) -> None:
     assert [s["roles"]["champion"] for s in states] == ["1"]
     states = work([record("promote", "2", id="2", **at | {"time": now - 4_000})], 2)
     assert [s["roles"]["champion"] for s in states] == ["1", "2"] and states[-1]["generation"] == 2
+    shutil.rmtree(tmp_path / "toy")  # all that is local
+    states = work([record("rollback", id="3", **at | {"time": now - 3_000})], 3, states[-1])
+    assert [s["roles"]["champion"] for s in states] == ["1", "2", "1"] and states[-1]["generation"] == 3
     rejected = broker.consumer(["toy.rejected"]).poll(0.1)
     assert [json.loads(r.value or b"")["reason"] for r in rejected] == ["malformed"]
-    assert [m.topic for m in committed if m.key == STATE_KEY] == ["toy.models", "toy.models"]
+    assert [m.topic for m in committed if m.key == STATE_KEY] == ["toy.models"] * 3
