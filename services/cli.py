@@ -68,6 +68,7 @@ class Bench(StrEnum):
     freshness = "freshness"
     learning = "learning"
     rollout = "rollout"
+    serving = "serving"
     training = "training"
 
 
@@ -385,7 +386,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure this machine on an embedded stack of its own, beside peers in environments of their own."""
-    from benchmarks import features, freshness, learning, rollout, training
+    from benchmarks import features, freshness, learning, rollout, serving, training
     from benchmarks.rig import as_text
 
     measure = {
@@ -393,6 +394,7 @@ def bench(
         Bench.freshness: lambda: freshness.bench(seconds, rate or 1000),
         Bench.learning: lambda: learning.bench(seconds, rate or 50, kills),
         Bench.rollout: lambda: rollout.bench(days),
+        Bench.serving: serving.bench,
         Bench.training: training.bench,
     }
     with progress_on_stderr():

@@ -6,6 +6,7 @@ there is no request that a label could belong to.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import importlib.metadata
 import time
@@ -38,6 +39,7 @@ from services.spool import Spool
 log = structlog.get_logger()
 encode_json = msgspec.json.Encoder().encode
 Handler = Callable[[Request], Awaitable[Response]]
+BODY_S = 10.0
 SERVER = {"name": "penstock", "version": "2", "extensions": ["binary_tensor_data"]}
 
 
@@ -208,15 +210,19 @@ async def _answered(handler: Handler, request: Request) -> Response:
 
 
 async def body_of(request: Request) -> bytes:
-    """A request's body; Refused when it is over `MAX_BODY` bytes, which are not read then."""
+    """A request's body; Refused when it is over `MAX_BODY` bytes, which are not read then, or takes `BODY_S`."""
     length = request.headers.get("content-length", "")
     parts, size = [], int(length) if length.isdigit() else 0
     if size <= MAX_BODY:
         size = 0
-        async for part in request.stream():
-            parts.append(part)
-            if (size := size + len(part)) > MAX_BODY:
-                break
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for part in request.stream():
+                    parts.append(part)
+                    if (size := size + len(part)) > MAX_BODY:
+                        break
+        except TimeoutError:
+            raise Refused(408, f"the body did not come in {BODY_S:g} s") from None
     if size > MAX_BODY:
         raise Refused(413, f"the body is over {MAX_BODY} bytes: send fewer rows")
     return b"".join(parts)

@@ -21,12 +21,12 @@ MAY_IMPORT = {
 }
 HOME_OF = {  # vendor -> the files that may know it
     "kafka": {"pipelines/kafka.py"},
-    "mlflow": {"pipelines/registry.py"},
+    "mlflow": {"pipelines/registry.py", "benchmarks/serving_peers.py"},
     "redis": {"pipelines/redis_store.py", "benchmarks/rig.py", "benchmarks/freshness.py"},
     "numba": {"features/kernel.py"},
     "sqlite3": {"pipelines/sqlite_store.py"},
     "duckdb": {"pipelines/offline_store.py"},
-    "onnxruntime": {"pipelines/onnx_model.py"},
+    "onnxruntime": {"pipelines/onnx_model.py", "benchmarks/serving_litserve.py"},
     "horovod": {"pipelines/training.py", "benchmarks/ranks.py"},
     "torch": {f"pipelines/{name}.py" for name in ("net", "training", "trees", "online", "refresher", "compression")}
     | {"benchmarks/ranks.py"},
@@ -35,7 +35,7 @@ HOME_OF = {  # vendor -> the files that may know it
     "optuna": {"pipelines/search.py"},
     "river": {"pipelines/baselines.py"},
     "fastapi": set(),
-    "starlette": {"services/predict_app.py"},
+    "starlette": {"services/predict_app.py", "benchmarks/serving_peers.py"},
     "confluent_kafka": set(),
 }
 FILES = [p for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py"))]

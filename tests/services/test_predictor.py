@@ -202,6 +202,27 @@ def test_a_body_without_a_length_is_bounded_too(service: Service) -> None:
     assert asyncio.run(go()).status_code == 413
 
 
+def test_a_body_that_never_ends_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.predict_app.BODY_S", 0.05)
+
+    async def stalled() -> Any:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    sent = list[dict[str, Any]]()
+    parts = stalled()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": await anext(parts), "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b"", "root_path": ""}
+    asyncio.run(service.app(scope, receive, send))
+    assert sent[0]["status"] == 408
+
+
 def test_any_content_type_and_unknown_names_are_taken(service: Service) -> None:
     body = json.dumps({**ROW, "more": 1, "entities": {**ROW["entities"], "x": 1}})  # type: ignore[dict-item]
     options = {"content": body, "headers": {"content-type": "text/plain"}}
