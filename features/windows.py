@@ -63,7 +63,7 @@ class Aggregate:
 class ViewRows:
     """Rows of one view in time order.
 
-    codes : [rows, keys] the entity keys' codes; `keys` reads them, until the next batch is applied
+    codes : [rows, keys] the entity keys' codes; `keys` reads them, column by column, until the next batch is applied
     times : epoch ms from which each row holds
     newest : which rows are their keys' newest
     columns : feature -> float64 with NaN for null, int64, or objects with None for null and lists
@@ -76,10 +76,9 @@ class ViewRows:
     decode: Callable[[Ints], NDArray[Any]]
 
     @property
-    def keys(self) -> list[tuple[Any, ...]]:
-        """Entity keys, one tuple a row."""
-        columns = [self.decode(self.codes[:, k]).tolist() for k in range(self.codes.shape[1])]
-        return list(zip(*columns, strict=True)) if columns else [()] * len(self.times)
+    def keys(self) -> list[NDArray[Any]]:
+        """A column for each entity key."""
+        return [self.decode(codes) for codes in self.codes.T]
 
 
 def compile_view(view: Any) -> tuple[Aggregate, ...]:

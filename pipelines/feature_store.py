@@ -108,7 +108,7 @@ class FeatureStore:
         keyed = []
         for batch in rows:
             view = self._views[batch.view]
-            keys = [None if None in values else self._key(view.keys, values) for values in batch.keys]
+            keys = [None if None in values else self._key(view.keys, values) for values in batch.entities]
             keyed.append((view, keys, batch))
         self._backend.write(keyed)
 

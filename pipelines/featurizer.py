@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from features.contracts import Contract
 from features.engine import Engine
 from features.usecase import UseCase
@@ -34,7 +31,7 @@ class Featurizer:
         out = Outputs(rejected=[Rejection(events[r.position], r.reason, r.detail) for r in refused])
         for name, rows in changed.items():
             out.offline.append(Rows(name, rows.keys, rows.times, dict(rows.columns)))
-            out.online.append(newest(out.offline[-1], rows.newest))
+            out.online.append(out.offline[-1] if rows.newest.all() else out.offline[-1].take(rows.newest))
         return out
 
     def snapshot(self) -> bytes:
@@ -42,16 +39,3 @@ class Featurizer:
 
     def restore(self, data: bytes) -> None:
         self.engine.restore(data)
-
-
-def newest(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
-    """The rows of a mask: each key's newest."""
-    if mask.all():
-        return rows
-    columns = {name: np.asarray(column)[mask] for name, column in rows.columns.items()}
-    return Rows(
-        rows.view,
-        [k for k, ok in zip(rows.keys, mask.tolist(), strict=True) if ok],
-        np.asarray(rows.times)[mask],
-        dict(columns),
-    )

@@ -160,6 +160,7 @@ class KafkaBroker:
         from_end: bool = False,
         together: bool = False,
     ) -> Consumer:
+        compile_kernels()  # before it joins a group, which it could not answer meanwhile
         kafka = self._connect(
             KafkaConsumer,
             group_id=group,

@@ -26,7 +26,7 @@ class MemoryStore:
             stored, columns = self._rows[batch.view], self._columns[batch.view]
             values = zip(*(_typed(batch.columns[c.name], c.dtype) for c in columns), strict=True)
             names = [c.name for c in columns]
-            for key, time, row in zip(batch.keys, _plain(batch.times), values, strict=True):
+            for key, time, row in zip(batch.entities, _plain(batch.times), values, strict=True):
                 before = stored.get(key, (None, None))[1]
                 if None not in key and (before is None or time > before):
                     stored[key] = (dict(zip(names, row, strict=True)), time)

@@ -107,8 +107,8 @@ class Scorer:
         for name, rows in waiting.items():
             n = int(np.searchsorted(rows.times, until, side="right"))
             if n:
-                self.store.write([_slice(rows, slice(n))])
-                waiting[name] = _slice(rows, slice(n, None))
+                self.store.write([rows.take(slice(n))])
+                waiting[name] = rows.take(slice(n, None))
 
     def snapshot(self) -> bytes:
         return pack({"engine": self.engine.snapshot(), "store": self.store.snapshot()})
@@ -117,7 +117,3 @@ class Scorer:
         state = unpack(data)
         self.engine.restore(state["engine"])
         self.store.restore(state["store"])
-
-
-def _slice(rows: Rows, part: slice) -> Rows:
-    return Rows(rows.view, rows.keys[part], rows.times[part], {n: c[part] for n, c in rows.columns.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -93,15 +94,26 @@ class Due(Sequence[Event]):
 class Rows:
     """Rows of one view for the stores, in columns, in time order.
 
-    keys : list of entity-key tuples, one per row (in the view's entity order)
+    keys : a column for each entity key, in the view's order
     times : epoch ms from which the row holds, one per row
     columns : feature name -> values, one per row: arrays, NaN or None where null
     """
 
     view: str
-    keys: list[tuple[Any, ...]]
+    keys: Sequence[Sequence[Any] | NDArray[Any]]
     times: Sequence[int] | Ints
     columns: dict[str, Sequence[Any] | NDArray[Any]]
+
+    @property
+    def entities(self) -> Iterator[tuple[Any, ...]]:
+        """The entity key of each row."""
+        plain = [column.tolist() if isinstance(column, np.ndarray) else column for column in self.keys]
+        return zip(*plain, strict=True) if plain else repeat((), len(self.times))
+
+    def take(self, part: Any) -> Rows:
+        """The rows of a slice or a mask; columns must be arrays."""
+        columns = {name: np.asarray(column)[part] for name, column in self.columns.items()}
+        return Rows(self.view, [np.asarray(k)[part] for k in self.keys], np.asarray(self.times)[part], dict(columns))
 
 
 @dataclass(slots=True)

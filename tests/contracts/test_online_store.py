@@ -73,12 +73,12 @@ def flush(redis: str) -> None:
 
 
 def orders(times: list[int], counts: list[int], means: list[float | None]) -> Rows:
-    return Rows("all_orders", [()] * len(times), times, {"all_count": counts, "all_mean": means})
+    return Rows("all_orders", [], times, {"all_count": counts, "all_mean": means})
 
 
 def item(key: tuple[Any, ...], time: int, **values: Any) -> Rows:
     row = {**empty_row(shop_item), **values}
-    return Rows("shop_item", [key], [time], {name: [value] for name, value in row.items()})
+    return Rows("shop_item", [[k] for k in key], [time], {name: [value] for name, value in row.items()})
 
 
 def test_a_key_without_a_row_reads_as_nothing(store: Any) -> None:
@@ -144,7 +144,7 @@ def test_a_null_in_a_key_belongs_to_no_entity(store: Any) -> None:
 
 def test_columns_may_be_arrays_with_nan_for_null(feast_store: Any) -> None:
     feast_store.write(
-        [Rows("all_orders", [()], np.array([T]), {"all_count": np.array([2]), "all_mean": np.array([np.nan])})]  # type: ignore[arg-type, dict-item]
+        [Rows("all_orders", [], np.array([T]), {"all_count": np.array([2]), "all_mean": np.array([np.nan])})]  # type: ignore[arg-type, dict-item]
     )
     words, lists = np.empty(2, object), np.empty(2, object)
     words[:], lists[:] = ["x", None], [[1.5], []]
@@ -152,7 +152,7 @@ def test_columns_may_be_arrays_with_nan_for_null(feast_store: Any) -> None:
     columns = {name: [value] * 2 for name, value in empty.items()}
     columns |= {"si_count": np.array([1, 2]), "si_sum": np.array([0.5, -0.0]), "si_last": np.array([2.0, np.nan])}
     columns |= {"si_who": words, "si_last_3": lists}
-    feast_store.write([Rows("shop_item", [("a", 1), ("a", 2)], np.array([T, T + 1]), columns)])  # type: ignore[arg-type]
+    feast_store.write([Rows("shop_item", [["a", "a"], [1, 2]], np.array([T, T + 1]), columns)])  # type: ignore[arg-type]
     first, second = feast_store.read([{"shop": "a", "item": i} for i in (1, 2)])
     assert first["all_orders"] == ({"all_count": 2, "all_mean": None}, T)
     row = {"si_count": 1, "si_sum": 0.5, "si_last": 2.0, "si_last_3": [1.5], "si_who": "x"}
@@ -175,10 +175,16 @@ def test_many_rows_of_one_call_are_all_written(feast_store: Any) -> None:
     """More than one script call and one query take."""
     n = 1203
     rows = [item(("a", i), T + i, si_count=i) for i in range(n)]
-    keys = [r.keys[0] for r in rows]
     columns = {name: [r.columns[name][0] for r in rows] for name in rows[0].columns}
     feast_store.write(
-        [Rows("shop_item", [*keys, (None, 1)], [T] * (n + 1), {k: [*c, c[0]] for k, c in columns.items()})]
+        [
+            Rows(
+                "shop_item",
+                [["a"] * n + [None], [*range(n), 1]],
+                [T] * (n + 1),
+                {k: [*c, c[0]] for k, c in columns.items()},
+            )
+        ]
     )
     read = feast_store.read([{"shop": "a", "item": i} for i in range(n)])
     assert [r["shop_item"][0]["si_count"] for r in read] == list(range(n))

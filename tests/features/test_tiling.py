@@ -42,7 +42,7 @@ def test_tile_ends_equal_feast(window: int, slide: int) -> None:
     end = (values[-1].at // (slide * MINUTE) + 1) * slide * MINUTE
     changed, _ = engine.advance(Events.of([Applied("moved", v, v.at, v.at) for v in values]), end)
     rows = changed["tiled"]
-    for i, (key,) in enumerate(rows.keys):
+    for i, key in enumerate(rows.keys[0]):
         ours[key, int(rows.times[i])] = {f: float(rows.columns[f][i]) for f in FUNCTIONS}
     compared = 0
     for row in feast_tiles(values, aggregations, wide, hop).itertuples():

@@ -30,8 +30,8 @@ def stored(service: Service, time: int = NOW - 5) -> None:
     row = {**empty_row(shop_item), "si_count": 4}
     service.store.rows.write(
         [
-            Rows("all_orders", [()], [NOW - 9], {"all_count": [2], "all_mean": [3.0]}),
-            Rows("shop_item", [("a", 1)], [time], {name: [value] for name, value in row.items()}),
+            Rows("all_orders", [], [NOW - 9], {"all_count": [2], "all_mean": [3.0]}),
+            Rows("shop_item", [["a"], [1]], [time], {name: [value] for name, value in row.items()}),
         ]
     )
 
