@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -14,7 +13,7 @@ from features.usecase import Row, UseCase
 from pipelines.scorer import Scored, Scorer
 from services import wiring
 from services.predict_request import Refused, RequestDecoder
-from services.serving_state import ModelSlot, Prior, Serving, ServingState
+from services.serving_state import ModelSlot, Prior, Serving, follow
 from services.settings import Settings
 
 STARTUP_S = 60.0
@@ -23,13 +22,7 @@ STARTUP_S = 60.0
 def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer]:
     """Partition -> scorer; all share one model, which follows `<uc>.models`."""
     slot = ModelSlot(Serving(Prior(use_case.prior)))
-    registry, models = wiring.registry(settings), settings.home / "models" / use_case.name
-
-    def fetch(version: str) -> Path:
-        return registry.download(use_case.name, version, models)
-
-    state = ServingState(use_case, wiring.broker(settings), slot, fetch, refreshes=settings.state_url)
-    state.start().wait_caught_up(STARTUP_S)
+    follow(settings, use_case, wiring.broker(settings), slot).wait_caught_up(STARTUP_S)
     decoder = RequestDecoder(use_case, allow_event_time=True, new_id=lambda: str(time.time_ns()))
 
     def parse(entities: Row, fields: Row) -> tuple[Row, Row]:

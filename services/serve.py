@@ -13,7 +13,7 @@ from features.errors import ConfigError
 from features.usecase import UseCase, load
 from services.predict_app import create_app
 from services.predict_workers import Siblings, run_workers
-from services.serving_state import ModelSlot, Prior, Serving, ServingState
+from services.serving_state import ModelSlot, Prior, Serving, follow
 from services.settings import Settings
 from services.spool import Shipper, Spool
 
@@ -76,14 +76,7 @@ def _serve(
     folders = _spool_folders(settings.home / "spool" / use_case.name, port, worker, settings.predictor_workers)
     spools = [Spool(folder, settings.spool_max_mb << 20) for folder in folders]
     shippers = [Shipper(spool, use_case.topic("predictions"), broker.producer).start() for spool in spools]
-    registry, models = wiring.registry(settings), settings.home / "models" / use_case.name
-    state = ServingState(
-        use_case,
-        broker,
-        slot,
-        lambda version: registry.download(use_case.name, version, models),
-        refreshes=settings.state_url,
-    ).start()
+    state = follow(settings, use_case, broker, slot)
     store = FeatureStore(use_case, repo_config(settings.redis), timeout_s=STORE_TIMEOUT_S)
     try:
         if not state.wait_caught_up(STARTUP_S):

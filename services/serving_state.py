@@ -24,6 +24,8 @@ from pipelines.broker import Broker, Consumer, Record
 from pipelines.checkpoint import unserved_views
 from pipelines.learning import REFRESH_KEY, Refresh
 from pipelines.onnx_model import OnnxModel
+from services import wiring
+from services.settings import Settings
 
 log = structlog.get_logger()
 STATE_KEY = b"state"
@@ -326,6 +328,16 @@ class ServingState:
         waiting = "" if status.caught_up else f"{self._use_case.topic('models')} is not read to its end yet"
         problem = status.problem or waiting
         return report | ({"problem": problem} if problem else {})
+
+
+def follow(settings: Settings, use_case: UseCase, broker: Broker, slot: ModelSlot) -> ServingState:
+    """The state of a use case, followed: versions from the registry, refreshes from the learner's files."""
+    registry, models = wiring.registry(settings), settings.home / "models" / use_case.name
+
+    def fetch(version: str) -> Path:
+        return registry.download(use_case.name, version, models)
+
+    return ServingState(use_case, broker, slot, fetch, refreshes=settings.state_url).start()
 
 
 def _versions(serving: Serving) -> dict[str, Any]:

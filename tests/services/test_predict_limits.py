@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from features.errors import ConfigError
 from services.batcher import Batcher
 from services.predict_request import Asked
 from services.predict_workers import Siblings
-from services.serve import serve
+from services.serve import _spool_folders, serve
 from services.settings import Settings
 from tests.predict_rig import ROW, Make, Service
 
@@ -108,3 +109,11 @@ def test_metrics_of_processes_carry_their_number(make: Make, monkeypatch: pytest
     for worker in "01":
         assert f'penstock_predict_requests_total{{status="200",worker="{worker}"}} 1.0' in merged
     assert merged.count("# TYPE penstock_predict_requests_total counter") == 1
+
+
+def test_fewer_workers_ship_what_more_have_left(tmp_path: Path) -> None:
+    for name in ("7000", "7000.1", "7000.2", "7001.1"):
+        (tmp_path / name).mkdir()
+    assert [f.name for f in _spool_folders(tmp_path, 7000, 1, 2)] == ["7000.1"]
+    assert [f.name for f in _spool_folders(tmp_path, 7000, 0, 2)] == ["7000", "7000.2"]
+    assert sorted(f.name for f in _spool_folders(tmp_path, 7000, 0, 1)) == ["7000", "7000.1", "7000.2"]
