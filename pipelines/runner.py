@@ -373,9 +373,7 @@ class Runner:
             return
         checkpoints, produced = owned.checkpoints, owned.produced
         self._write_online(owned)
-        closed: list[str] = []
-        for table, rows in produced.closed:
-            closed.append(checkpoints.write_table(table, rows, checkpoints.number * 1000 + len(closed)))
+        closed = checkpoints.write_tables(produced.closed)
         for path, data in produced.files.items():
             checkpoints.write_file(path, data)
         owned.files = [f for f in (*owned.files, *closed, *produced.files) if f not in produced.forget]
