@@ -1,5 +1,5 @@
-"""Two DAGs per use case: `<uc>_retrain`, woken by a cut and once a day, and `<uc>_tune`, once a week. Both have what
-they register considered for serving. An event is a wake-up only: the command looks for the newest cut itself."""
+"""Two DAGs per use case: `<uc>_retrain`, woken by a cut, by drift and once a day, and `<uc>_tune`, once a week. Both
+have what they register considered for serving. An event is a wake-up only: the command looks for the newest itself."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from airflow.timetables.trigger import CronTriggerTimetable
 FEATURES = Path(__file__).resolve().parent.parent / "features"
 DECLARATION = re.compile(r"^use_case(: UseCase)? = ", re.MULTILINE)
 RETRAIN = """
-Trains **{name}** up to its newest cut with Horovod, evaluates, registers a version in MLflow (`penstock train`), then
-asks the controller to consider it (`penstock rollout {name} consider V`). Runs without a new cut end at once, their
-second task skipped. Any number of runs for one cut register one version, so clearing a task is safe.
+Trains **{name}** up to its newest cut, or later after drift, with Horovod, evaluates, registers a version in MLflow
+(`penstock train`), then asks the controller to consider it (`penstock rollout {name} consider V`). Runs without a new
+cut end at once, their second task skipped. Runs for one cut register one version, so clearing a task is safe.
 """
 TUNE = """
 Searches for better settings of **{name}** on its live examples (`penstock tune`) and judges the best on later ones.
@@ -36,6 +36,12 @@ PARAMS = {
 def version_of(output: str) -> str | None:
     """The version that waits to be considered, from the last line of a command's `--json`."""
     return json.loads(output)["version"]
+
+
+def told(name: str, topic: str) -> Asset:
+    """The asset `<uc>_<topic>`, which a record of the topic changes."""
+    trigger = KafkaSharedStreamTrigger(topics=[f"{name}.{topic}"])
+    return Asset(f"{name}_{topic}", watchers=[AssetWatcher(name=f"{name}_{topic}", trigger=trigger)])
 
 
 def dag(name: str, task: str, about: str, command: str, hours: int, **more: object) -> DAG:
@@ -63,9 +69,8 @@ def dag(name: str, task: str, about: str, command: str, hours: int, **more: obje
 asked = os.environ.get("PENSTOCK_USE_CASES", "").split(",")  # those whose topics there are; without it, all
 names = [m.stem for m in sorted(FEATURES.glob("*.py")) if DECLARATION.search(m.read_text())]
 for name in names if asked == [""] else set(names) & set(asked):
-    watcher = AssetWatcher(name=f"{name}_cut", trigger=KafkaSharedStreamTrigger(topics=[f"{name}.cuts"]))
-    cuts = Asset(f"{name}_cuts", watchers=[watcher])
-    woken = AssetOrTimeSchedule(timetable=CronTriggerTimetable("0 6 * * *", timezone="UTC"), assets=(cuts,))
+    daily = CronTriggerTimetable("0 6 * * *", timezone="UTC")
+    woken = AssetOrTimeSchedule(timetable=daily, assets=told(name, "cuts") | told(name, "drift"))
     weekly = CronTriggerTimetable("0 3 * * 3", timezone="UTC")  # cuts of whole weeks come on Thursdays
     train = f"exec penstock train {name} --ranks 2 --json"
     search = f"exec penstock tune {name} --trials {{{{ params.trials }}}} --jobs {{{{ params.jobs }}}} --json"

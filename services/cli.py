@@ -151,7 +151,9 @@ def replay(
 
 @app.command()
 def run(
-    steps: Annotated[str, typer.Argument(metavar="STEP[+STEP]", help="featurizer, joiner, scorer, learner, control.")],
+    steps: Annotated[
+        str, typer.Argument(metavar="STEP[+STEP]", help="featurizer, joiner, scorer, learner, control, drift.")
+    ],
     use_case: UseCaseName,
     once: Annotated[bool, typer.Option("--once", help="Stop at the end that the input has now.")] = False,
 ) -> None:

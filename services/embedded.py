@@ -363,7 +363,7 @@ def own_services(settings: Settings, use_case: str) -> list[Service]:
         ),
         own(
             "control",
-            *("run", "control", use_case),
+            *("run", "control+drift", use_case),
             needs=("mlflow",),
             ready=lambda: _has_members(settings, f"{use_case}.control"),
         ),

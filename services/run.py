@@ -13,7 +13,7 @@ from pipelines.runner import CommitPolicy, Runner
 from services import rollout, wiring
 from services.settings import Settings
 
-STEPS = ("featurizer", "joiner", "scorer", "learner", "control")
+STEPS = ("featurizer", "joiner", "scorer", "learner", "control", "drift")
 
 
 def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = False) -> None:
@@ -52,6 +52,10 @@ def _step(settings: Settings, use_case: UseCase, name: str) -> tuple[Callable[[i
         from pipelines.joiner import Joiner
 
         return lambda partition: Joiner(use_case, partition), {}
+    if name == "drift":
+        from pipelines.drift import Drift
+
+        return lambda partition: Drift(use_case, partition), {"rejects": False}
     if name == "control":
         from pipelines.control import ControlStep
         from pipelines.rollout import POLICIES

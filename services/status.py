@@ -18,7 +18,7 @@ from services import rollout, stack, wiring
 from services.settings import Settings
 from services.topic_reader import Newest, read_all
 
-STEPS = ("featurizer", "joiner", "learner", "control")
+STEPS = ("featurizer", "joiner", "learner", "control", "drift")
 
 
 def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
     try:
         with contextlib.closing(wiring.broker(settings)) as broker:
             result["steps"] = {step: _step(broker, use_case, step) for step in STEPS}
+            result["drift"] = _drift(broker, use_case)
             result["rejected"] = dict(Counter(_reasons(broker, use_case)))
         result["serving"] = rollout.status(settings, use_case.name)
         result["learner"] = _refresh(settings, use_case, result["serving"]["roles"]["champion"])
@@ -39,6 +40,12 @@ def status(settings: Settings, use_case_name: str) -> dict[str, Any]:
 def _reasons(broker: Broker, use_case: UseCase) -> list[str]:
     records = read_all(broker, use_case.topic("rejected"))
     return [msgspec.json.decode(r.value)["reason"] for r in records if r.value]
+
+
+def _drift(broker: Broker, use_case: UseCase) -> dict[str, Any] | None:
+    """The newest record of `<uc>.drift`; None while nothing has moved."""
+    told = [msgspec.json.decode(r.value) for r in read_all(broker, use_case.topic("drift")) if r.value]
+    return max(told, key=lambda record: record["time"], default=None)
 
 
 def _refresh(settings: Settings, use_case: UseCase, champion: str | None) -> dict[str, Any] | None:
@@ -73,6 +80,9 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(f"  {name:12} watermark {at}, {step['lag']} records behind, {step['members']} running")
     rejected = ", ".join(f"{n} {reason}" for reason, n in sorted(result["rejected"].items()))
     lines.append(f"  rejected     {rejected or 'none'}")
+    if drift := result["drift"]:
+        at = datetime.fromtimestamp(drift["time"] / 1000, UTC).isoformat(timespec="seconds")
+        lines.append(f"  drift        {drift['what']} up to {at} have {drift['sentence']}")
     return "\n".join([*lines, rollout.as_text(result["serving"]), *_refreshed(result["learner"])])
 
 

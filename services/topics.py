@@ -11,7 +11,7 @@ from services import wiring
 from services.settings import Settings
 
 FOREVER = {"retention.ms": "-1", "message.timestamp.type": "CreateTime"}
-OWN = ("requests", "predictions", "examples", "cuts", "rejected")
+OWN = ("requests", "predictions", "examples", "cuts", "drift", "rejected")
 TopicSettings = dict[str, dict[str, str]]
 
 

@@ -59,19 +59,20 @@ def train(
     """Train, evaluate and register the version of the newest cut, unless it is there or there is too little to learn.
 
     Any number of calls, after a crash too, register one version per cut and settings; those that the last search found
-    better are used. `timeline` is a file that gets Horovod's; `unannounced` : up to the newest closed archive files
-    when that is later than the newest cut.
+    better are used. `timeline` is a file that gets Horovod's. It learns up to the newest closed archive files, later
+    than the newest cut, when it is to (`unannounced`) or drift was told of that no version has learned past.
     """
     use_case, broker, registry = load(name), wiring.broker(settings), wiring.registry(settings)
     home = settings.home / "train"
     with alone(home, name, "training"):
         cut, total = newest_cut(broker, use_case)
-        if unannounced:
-            cut = max(cut or 0, closed_until(broker, use_case)) or None
-        if cut is None:
+        versions = registry.versions(name)
+        cut = max([cut or 0, *(int(v.tags.get("cut") or 0) for v in versions)])
+        if unannounced or newest_drift(broker, use_case) > cut:
+            cut = max(cut, closed_until(broker, use_case))
+        if not cut:
             return TrainResult(None, None, f"{name}: no cut has been announced yet, nothing to train")
         state = _state(broker, use_case)
-        versions = registry.versions(name)
         tuned = registry.settings(name)
         serves = state.get("roles", {}).get("champion")
         if serves and (learned := int(state["versions"][serves]["cut"])) >= cut:
@@ -100,6 +101,12 @@ def newest_cut(broker: Broker, use_case: UseCase) -> tuple[int | None, int]:
             totals[int(value["cut"])][record.partition] = int(value["total"])
     announced = [cut for cut, partitions in totals.items() if len(partitions) == use_case.partitions]
     return (max(announced), sum(totals[max(announced)].values())) if announced else (None, 0)
+
+
+def newest_drift(broker: Broker, use_case: UseCase) -> int:
+    """The time (epoch ms) of the newest drift record; 0 without one."""
+    values = [json.loads(r.value) for r in read_all(broker, use_case.topic("drift")) if r.value is not None]
+    return max((int(value["time"]) for value in values), default=0)
 
 
 def closed_until(broker: Broker, use_case: UseCase) -> int:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -28,7 +29,8 @@ from services.progress import iso
 from services.settings import Settings
 from services.train import alone, code_version, train
 
-MISSED = "a trial's process was ended"
+MISSED = "its process was killed"
+MOST_MISSED = 5  # one after the other: something is wrong with this machine
 
 
 class Stopped(Exception):
@@ -113,33 +115,40 @@ def serve_trials(pipe: Connection, task: Task) -> None:
     os.nice(10)
     try:
         _serve(pipe, task)
-    except PenstockError as error:
-        pipe.send(str(error))
-    except (EOFError, OSError):  # the search has been killed
-        return
+    except Exception as error:  # what it is, the search's user is told
+        pipe.send(str(error) if isinstance(error, PenstockError) else f"a trial failed: {error!r}")
+
+
+def _exchange(pipe: Connection, *messages: Any) -> Any:
+    """Say something, and what is answered; ends this process when the search has been killed."""
+    try:
+        for message in messages:
+            pipe.send(message)
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        sys.exit()
 
 
 def _serve(pipe: Connection, task: Task) -> None:
+    settings = _exchange(pipe)
     test = task.backtest()
     before = test.examples.event_time < task.held_from
     examples, scored = test.examples.take(before), test.scored[before]
     folder = test.home / "tune" / str(os.getpid())
     while True:
-        spec = task.learner(pipe.recv())
+        spec = task.learner(settings)
         days = DayLosses(examples.label, examples.event_time, scored)
 
         def tell(progress: Any, now_ms: int, days: DayLosses = days) -> None:
             for day, loss in days.after(progress, now_ms):
-                pipe.send((day, loss))
-                if pipe.recv():
+                if _exchange(pipe, (day, loss)):
                     raise Stopped
 
         try:
             scores = run(spec.make(test.context(folder)), examples, *test.pace(spec), done=tell)
+            settings = _exchange(pipe, days.mean(scores))
         except Stopped:
-            pipe.send(None)
-        else:
-            pipe.send(days.mean(scores))
+            settings = _exchange(pipe, None)
 
 
 class Workers:
@@ -194,6 +203,7 @@ class Workers:
 def explore(task: Task, search: Search, trials: int, jobs: int, timeout: float | None) -> None:
     """Run trials until there are so many, or no time is left: what runs then is tried again by a later search."""
     ends = time.monotonic() + timeout if timeout else None
+    missed = 0
     with closing(Workers(task, jobs)) as workers:
         while True:
             while workers.idle and search.started < trials:
@@ -202,6 +212,9 @@ def explore(task: Task, search: Search, trials: int, jobs: int, timeout: float |
             if not workers.busy or (left is not None and left <= 0):
                 return
             for pipe, number, message in workers.heard(left):
+                missed = missed + 1 if message == MISSED else 0
+                if missed > MOST_MISSED:
+                    raise PenstockError(f"{missed} processes of trials died one after the other: is there memory?")
                 if message == MISSED:
                     say(f"trial {number}: {MISSED}; it is tried again")
                     search.lose(number)

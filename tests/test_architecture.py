@@ -33,7 +33,7 @@ HOME_OF = {  # vendor -> the files that may know it
     "sklearn": {"pipelines/trees.py", "pipelines/baselines.py", "services/audit.py"},
     "lightgbm": {"pipelines/baselines.py"},
     "optuna": {"pipelines/search.py"},
-    "river": {"pipelines/baselines.py"},
+    "river": {"pipelines/baselines.py", "pipelines/drift.py"},
     "fastapi": set(),
     "starlette": {"services/predict_app.py", "benchmarks/serving_peers.py"},
     "confluent_kafka": set(),

@@ -66,6 +66,7 @@ def test_retrain_is_woken_by_cuts_and_daily(parsed: Any) -> None:
     schedule = json.dumps(dag["timetable"])
     assert "0 6 * * *" in schedule and "flights_cuts" in schedule
     assert "KafkaSharedStreamTrigger" in schedule and "flights.cuts" in schedule
+    assert "flights_drift" in schedule and "flights.drift" in schedule and "asset_any" in schedule
     assert dag["catchup"] is False
     assert dag.get("max_active_runs") != 1  # it can drop asset events
 

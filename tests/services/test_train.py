@@ -56,7 +56,7 @@ class World:
         self.use_case: UseCase = replace(toy.use_case, inputs=INPUTS, min_examples=500)
         self.settings = Settings(home=home, state_url=str(home / "state"))
         self.broker, self.registry = MemoryBroker(), MemoryRegistry(home / "registry")
-        self.broker.create_topics({"toy.cuts": {}, "toy.models": {}}, 1)
+        self.broker.create_topics({"toy.cuts": {}, "toy.models": {}, "toy.drift": {}}, 1)
         checkpoints = Checkpoints(f"{home}/state/toy/joiner/0", "owner")
         tables = [pq.read_table(f) for f in write_archive(home / "rows", 2000, days=17)]
         files = [checkpoints.write_table("examples", table, i) for i, table in enumerate(tables)]
@@ -200,6 +200,21 @@ def test_up_to_closed_files_what_is_held_out_is_new_to_the_champion(world: World
     made = world.train(unannounced=True)
     assert made.version == "2" and made.cut == jobs[1].cut == CUT + DAY // 2 and jobs[1].holdout == DAY // 2
     world.decide("2", CUT + DAY // 2)
+    assert world.train().version is None and len(jobs) == 2
+
+
+def test_drift_starts_one_retrain_up_to_closed_files(world: World, jobs: list[Job]) -> None:
+    world.announce(CUT, 2000)
+    world.train()
+    world.decide("1", CUT)
+    told = CUT + 2 * DAY
+    world.advance(told + 5)
+    world.send(Message("toy.drift", json.dumps({"time": told}).encode(), b"drift"))
+    made = world.train()
+    assert made.version == "2" and made.cut == told and jobs[1].holdout == DAY
+    world.advance(told + DAY)
+    assert world.train().version == "2" and len(jobs) == 2
+    world.decide("2", told)
     assert world.train().version is None and len(jobs) == 2
 
 

@@ -39,7 +39,7 @@ def started(home: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def until(condition: Callable[[], Any], what: str, deadline_s: float = 120.0) -> Any:
+def until(condition: Callable[[], Any], what: str, deadline_s: float = 300.0) -> Any:
     ends = time.monotonic() + deadline_s
     while not (found := condition()):
         assert time.monotonic() < ends, what
@@ -90,8 +90,6 @@ def test_kills_lose_no_trial_and_double_none(home: Path, search: subprocess.Pope
     assert result["held_out"]["best"]["examples"] > 1000 and not result["better"]  # a day is too little
     logged = json.loads(next((home / "tune" / "clicks").glob("*/search.json")).read_text())
     assert logged["trials"] == result["trials"] and "mlflow.db" in result["mlflow_run"]
-    more = started(home, "--trials", "6")
-    assert len(json.loads(more.communicate()[0])["trials"]) == 6
 
 
 def test_better_settings_are_kept_and_a_version_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
