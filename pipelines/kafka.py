@@ -266,8 +266,15 @@ def _find_records(data: NDArray[np.uint8], at: int, found: Ints) -> int:
             at = found[i, j] + max(0, found[i, j + 1])
             if at > end:
                 return -1
-        found[i, 6], found[i, 7] = _varint(data, at)
-        at = end
+        found[i, 6], at = _varint(data, at)
+        found[i, 7] = at
+        for _ in range(2 * found[i, 6]):
+            size, at = _varint(data, at)
+            at += max(0, size)
+            if at > end:
+                return -1
+        if at != end:
+            return -1
     return at
 
 
@@ -301,9 +308,9 @@ def _headers(data: bytes, at: int, count: int) -> Headers:
     headers = []
     for _ in range(count):
         size, at = decode_varint(data, at)
-        name, at = data[at : at + size].decode(), at + size
+        name, at = data[at : at + size].decode(errors="replace"), at + size
         size, at = decode_varint(data, at)
-        headers.append((name, data[at : at + size]))
+        headers.append((name, data[at : at + max(0, size)]))
         at += max(0, size)
     return tuple(headers)
 
