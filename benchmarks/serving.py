@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -117,11 +118,10 @@ def swapping(settings: Settings, load: Callable[[], Figures], port: int) -> Figu
     calm, swapped, failed, generation = [], [], 0, 1
     for _ in range(TURNS):
         calm.append(load()["p99_ms"])
-        command = [sys.executable, "-m", "benchmarks.serving", "swap", str(generation + 1)]
-        with process(command, child_env(settings)) as swapper:
-            time.sleep(1)  # its imports
-            figures = load()
-            swapper.wait(60)
+        swaps = threading.Thread(target=swap, args=(settings, generation + 1))
+        swaps.start()
+        figures = load()
+        swaps.join()
         generation += SWAPS
         swapped.append(figures["p99_ms"])
         failed += figures["failed"]
@@ -205,7 +205,7 @@ def predictor(settings: Settings) -> Iterator[int]:
 @contextmanager
 def server(command: list[str], settings: Settings, port: int, path: str) -> Iterator[None]:
     """A server on a core of its own, once it answers."""
-    with process(command, child_env(settings), core()) as child:
+    with process(command, child_env(settings), core(), stdout=subprocess.DEVNULL) as child:
         name = " ".join(command[1:4])
 
         def answers() -> bool:
@@ -284,7 +284,3 @@ def feast_repo(settings: Settings) -> Path:
     }
     (folder / "feature_store.yaml").write_text(yaml.safe_dump(config))
     return folder
-
-
-if __name__ == "__main__":
-    swap(Settings.load(), int(sys.argv[2]))
