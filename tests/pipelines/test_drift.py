@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.usecase import Category, ModelInputs
+from pipelines.broker import Message, clock_message
 from pipelines.drift import BASE, DAY_MS, FEWEST, KEPT, Drift
+from pipelines.runner import CommitPolicy, Runner
 from pipelines.step import Event
+from services.topic_reader import read_all
+from tests.memory_broker import MemoryBroker
+from tests.toy import use_case as toy
 
 NUMBERS = tuple(f"n{i}" for i in range(40))
 INPUTS = ModelInputs(NUMBERS, (Category("carrier", 16, 2), Category("weekday", 8, 2)))
@@ -118,3 +126,26 @@ def test_a_snapshot_at_any_batch_gives_the_same_bits(at: int, sizes: list[int]) 
             assert parts.snapshot() == state
     out += parts.process([], end).messages
     assert out == expected and len(out) == 1 and parts.snapshot() == whole.snapshot()
+
+
+def test_through_the_runner_a_shift_is_told_once_though_the_step_starts_anew_each_day(tmp_path: Path) -> None:
+    use_case = replace(toy, inputs=INPUTS)
+    broker = MemoryBroker()
+    broker.create_topics({f"toy.{name}": {} for name in ("examples", "drift")}, 1)
+    for day, events in enumerate(days(37, change=scaled)):
+        messages = [as_message(e) for e in events]
+        producer = broker.producer()
+        producer.send([*messages, clock_message("toy.examples", 0, (day + 1) * DAY_MS)])
+        producer.flush()
+        policy = CommitPolicy.every(seconds=0.001)
+        runner = Runner(broker, use_case, lambda p: Drift(use_case, p), str(tmp_path), policy=policy, rejects=False)
+        runner.run(threading.Event(), once=True)
+    (told_of,) = [json.loads(r.value) for r in read_all(broker, "toy.drift") if r.value]
+    assert told_of["features"][0]["name"] == "n7" and told_of["time"] <= 37 * DAY_MS
+
+
+def as_message(event: Event) -> Message:
+    value, at = event.value, event.applied
+    record = {"request_id": value.request_id, "event_time": at, "features": value.features, "version": "1"}
+    record |= {"score": value.score, "label": value.label, "label_time": at}
+    return Message("toy.examples", json.dumps(record).encode(), value.request_id.encode(), 0, timestamp=at)
