@@ -258,7 +258,7 @@ def fill(settings: Settings) -> None:
         [
             Rows(
                 v.name,
-                [tuple(keys[k] for k in v.keys)],
+                [[keys[k]] for k in v.keys],
                 [now],
                 {n: [SAMPLES[t]] for n, t in zip(v.columns, v.types, strict=True)},
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ log = structlog.get_logger()
 STORE_TIMEOUT_S = 0.3
 STARTUP_S = 20.0
 DRAIN_S = 5.0
+SWITCH_S = 0.0005  # a reply waits so long for the threads that ship and follow, each time it lets go of the lock
 
 
 def serve(settings: Settings, use_case_name: str, port: int = 0) -> None:
@@ -118,6 +120,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run(app: Any, sockets: list[socket.socket]) -> None:
     import uvicorn
 
+    sys.setswitchinterval(SWITCH_S)
     config = uvicorn.Config(
         app,
         loop="uvloop",

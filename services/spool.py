@@ -24,6 +24,7 @@ from pipelines.broker import Message, Producer
 log = structlog.get_logger()
 SEGMENT_BYTES = 16 << 20
 READ_BYTES = 1 << 20
+SHIP_EVERY_S = 0.02  # a request to Kafka for each record would take more than the answers
 
 
 @dataclass(frozen=True, order=True)
@@ -209,6 +210,7 @@ class Shipper:
         while not self.spool.closed:
             if not self.spool.wait(place):
                 continue
+            began = time.monotonic()
             try:
                 place = self._ship(place)
             except Exception as error:  # the records are on disk, try again
@@ -218,6 +220,7 @@ class Shipper:
             else:
                 self._shipped()
                 pause = self.pauses[0]
+                self._pause(began + SHIP_EVERY_S - time.monotonic())
         self._drop_producer()
 
     def _ship(self, place: Place) -> Place:
