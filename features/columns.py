@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +19,7 @@ Columns = dict[str, NDArray[Any]]
 Udf = Callable[[Columns], Columns]
 LARGEST = 2**40  # of a summed number, scaled: eight million of them in one window can't overflow
 SWEEP_AT = 65_536
+UNKNOWN = -2
 
 
 class Coder(dict[Any, int]):
@@ -49,7 +51,17 @@ class Coder(dict[Any, int]):
         return self.used - 1
 
     def encode(self, values: Sequence[Any]) -> Ints:
-        return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
+        codes = np.fromiter(map(self.get, values, repeat(UNKNOWN)), np.int64, len(values))
+        if len(unknown := np.flatnonzero(codes == UNKNOWN)):
+            missed = [values[i] for i in unknown.tolist()]
+            self._enter([value for value in dict.fromkeys(missed) if isinstance(value, str)])
+            codes[unknown] = [self[value] for value in missed]
+        return codes
+
+    def _enter(self, texts: Sequence[str]) -> None:
+        given = [self._new() for _ in texts]
+        self.values_of[given] = texts
+        self.update(zip(texts, given, strict=True))
 
     def encode_integers(self, values: Ints) -> Ints:
         """The same for integers, in a table of their own: a million entries of a dictionary are slow to visit."""
