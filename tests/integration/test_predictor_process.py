@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -144,10 +145,15 @@ def test_workers_answer_on_one_port_and_a_killed_one_comes_back(predictor: Proce
     asked = [f"a{i}" for i in range(30)]
     assert {predictor.predict(name)["version"] for name in asked} == {"1"}
     assert predictor.process
-    workers = psutil.Process(predictor.process.pid).children()
+    parent = psutil.Process(predictor.process.pid)
+    workers = parent.children()
     assert len(workers) == 2
     workers[0].kill()
-    predictor.reports(ready=False)
+    deadline = time.monotonic() + 60
+    while len(now := parent.children()) < 2 or workers[0] in now:
+        assert time.monotonic() < deadline, f"no worker in the killed one's place: {now}"
+        threading.Event().wait(0.05)
+    workers = [workers[0], *now]
     predictor.reports(ready=True, generation=1, workers=2)
     assert predictor.predict("b")["version"] == "1"
     assert predictor.stop() == 143

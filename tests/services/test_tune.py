@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from services import tune as service
@@ -43,14 +46,17 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = 300.0) ->
     ends = time.monotonic() + deadline_s
     while not (found := condition()):
         assert time.monotonic() < ends, what
-        os.sched_yield()
+        threading.Event().wait(0.05)
     return found
 
 
 def children(pid: int) -> list[int]:
     """Processes of trials that a search has started."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(p) for p in listed if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            found += [child.pid] if any("spawn_main" in part for part in child.cmdline()) else []
+    return found
 
 
 @pytest.fixture(scope="module")
