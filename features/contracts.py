@@ -168,9 +168,6 @@ class Contract:
         """Event time in epoch ms."""
         return int(getattr(value, self.time))
 
-    def id_of(self, value: Any) -> Any:
-        return getattr(value, self.id) if self.id else None
-
     def json_schema(self) -> dict[str, Any]:
         """The contract as JSON Schema, for producers."""
         return {"title": self.name, "version": self.version, **msgspec.json.schema(self.struct)}

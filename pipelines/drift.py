@@ -22,11 +22,11 @@ from features.kernel import Ints
 from features.usecase import ModelInputs, UseCase
 from features.windows import pack, unpack
 from pipelines.broker import Message
+from pipelines.comparison import DAY_MS
 from pipelines.learning import examples_contract
 from pipelines.quality import Floats, losses
 from pipelines.step import Event, Outputs
 
-DAY_MS = 86_400_000
 BASE = 14  # days that say what is usual
 KEPT = 120  # days after which it is said anew: a snapshot holds no more
 FEWEST = 50  # examples of a block

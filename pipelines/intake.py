@@ -10,6 +10,7 @@ from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from features.contracts import Contract, Invalid
@@ -190,7 +191,7 @@ class Intake:
             "watermark": self.watermark,
             "partitions": [[t, p, s.seen, s.clock] for (t, p), s in self.partitions.items()],
             "seen": {name: [(time, id) for id, time in s.items()] for name, s in self.seen.items()},
-            "pending": [[e.applied, *pack_record(e.record)] for e in self.pending if e.record],
+            "pending": [[e.applied, *msgspec.structs.astuple(e.record)] for e in self.pending if e.record],
             "counts": dict(self.counts),
         }
 
@@ -201,7 +202,7 @@ class Intake:
                 self.partitions[topic, p].seen, self.partitions[topic, p].clock = seen, clock
         for name, order in data["seen"].items():
             self.seen[name] = Seen({id: time for time, id in order})
-        records = [unpack_record(packed) for _, *packed in data["pending"]]
+        records = [msgspec.convert(packed, Record) for _, *packed in data["pending"]]
         topics = [self.topics[r.topic] for r in records]
         values = [self.contracts[t].decode(r.value) for t, r in zip(topics, records, strict=True)]
         places = [
@@ -213,17 +214,6 @@ class Intake:
 
 def _time(contract: Contract, record: Record, value: Any) -> int:
     return record.timestamp if contract.by_arrival else contract.time_of(value)
-
-
-def pack_record(record: Record) -> list[Any]:
-    """A record as plain values."""
-    headers = [[name, value] for name, value in record.headers]
-    return [record.topic, record.partition, record.offset, record.timestamp, record.key, record.value, headers]
-
-
-def unpack_record(data: Sequence[Any]) -> Record:
-    topic, partition, offset, timestamp, key, value, headers = data
-    return Record(topic, partition, offset, timestamp, key, value, tuple((n, v) for n, v in headers))
 
 
 def _ms(duration: timedelta) -> int:

@@ -81,7 +81,7 @@ class RolloutPolicy:
     @classmethod
     def cautious(cls) -> RolloutPolicy:
         """A week in shadow, few callers, one error in a hundred."""
-        return cls(min_examples=1000, share=0.02, error=0.01, horizon_days=400, shadow_requests=5000, shadow_days=7)
+        return cls(share=0.02, error=0.01, horizon_days=400, shadow_requests=5000, shadow_days=7)
 
 
 POLICIES = {name: getattr(RolloutPolicy, name) for name in ("immediate", "standard", "cautious")}

@@ -16,10 +16,10 @@ from optuna.trial import TrialState
 
 from pipelines.archive import Times
 from pipelines.backtest import Progress
+from pipelines.comparison import DAY_MS
 from pipelines.learners import Space, Span
 from pipelines.quality import Floats, losses
 
-DAY_MS = 86_400_000
 MOST_TRIES = 3  # of one trial whose process is killed
 LEAST_DAYS = 7  # before a trial may be stopped: each weekday is another problem
 DOUBT = 0.05

@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 
 from features.usecase import UseCase
 from features.windows import pack, unpack
 from pipelines.broker import Message, Record, TopicPartition
-from pipelines.intake import Intake, Refused, unpack_record
+from pipelines.intake import Intake, Refused
 from pipelines.step import Rows, Step
 from pipelines.tables import arrow_table, from_bytes, to_bytes
 
@@ -97,7 +98,7 @@ class Task:
         self.tables = {table: [from_bytes(raw)] for table, raw in data["tables"].items()}
         for calls, _ in deltas:
             for records, idle, quiet_ms in calls:
-                self.advance([unpack_record(r) for r in records], [(t, p) for t, p in idle], quiet_ms)
+                self.advance(msgspec.convert(records, list[Record]), [(t, p) for t, p in idle], quiet_ms)
 
 
 def pack_call(records: Sequence[Record], idle: Collection[TopicPartition], quiet_ms: int) -> list[Any]:

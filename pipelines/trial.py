@@ -16,10 +16,11 @@ import numpy as np
 
 from features.contracts import Contract, Field
 from features.usecase import UseCase
+from pipelines.comparison import DAY_MS
 from pipelines.quality import LOSS_CAP, losses
 from pipelines.sequential import Sequence
 
-BLOCK_MS = 86_400_000
+BLOCK_MS = DAY_MS
 Pair = tuple[str, str]  # champion, challenger
 Sums = dict[str, float]
 REQUESTS = ("requests", "errors", "canary", "shift", "distance", "slowness")

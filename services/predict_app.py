@@ -40,6 +40,7 @@ log = structlog.get_logger()
 encode_json = msgspec.json.Encoder().encode
 Handler = Callable[[Request], Awaitable[Response]]
 BODY_S = 10.0
+MODELS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 SERVER = {"name": "penstock", "version": "2", "extensions": ["binary_tensor_data"]}
 
 
@@ -85,19 +86,11 @@ def create_app(
         registry: Any = await all_.metrics() if (all_ := others(request)) else metrics.registry
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    def fixed(body: Any, kind: type[Response] = Response, media_type: str | None = "application/json") -> Handler:
-        async def answer(request: Request) -> Response:
-            return kind(body, media_type=media_type)
-
-        return answer
-
     routes = [
         Route("/predict", scoring.endpoint(scoring.predict), methods=["POST"]),
         Route("/invocations", scoring.endpoint(vectors.invocations), methods=["POST"]),
-        Route("/v2/models/{name}/infer", scoring.endpoint(vectors.infer), methods=["POST"]),
-        Route("/v2/models/{name}/versions/{version}/infer", scoring.endpoint(vectors.infer), methods=["POST"]),
-        *(Route(f"/v2/models/{{name}}{v}", scoring.endpoint(vectors.model)) for v in ("", "/versions/{version}")),
-        *(Route(f"/v2/models/{{name}}{v}/ready", scoring.endpoint(vectors.model)) for v in ("", "/versions/{version}")),
+        *(Route(f"{model}/infer", scoring.endpoint(vectors.infer), methods=["POST"]) for model in MODELS),
+        *(Route(f"{model}{part}", scoring.endpoint(vectors.model)) for model in MODELS for part in ("", "/ready")),
         Route("/v2", fixed(encode_json(SERVER))),
         Route("/v2/health/live", fixed(b'{"live":true}')),
         Route("/v2/health/ready", readyz),
@@ -110,6 +103,15 @@ def create_app(
         Route("/docs", fixed(DOCS, HTMLResponse, None)),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+def fixed(body: Any, kind: type[Response] = Response, media_type: str | None = "application/json") -> Handler:
+    """An endpoint that says the same always."""
+
+    async def answer(request: Request) -> Response:
+        return kind(body, media_type=media_type)
+
+    return answer
 
 
 class Scoring:

@@ -21,7 +21,7 @@ from pipelines import archive, comparison
 from pipelines.backtest import run
 from pipelines.checkpoint import listed_files
 from pipelines.learners import Spec, parse, written
-from pipelines.search import DAY_MS, LEAST_DAYS, DayLosses, Search
+from pipelines.search import LEAST_DAYS, DayLosses, Search
 from services import wiring
 from services.backtest import Backtest, Plan, Result, default_score_from, difference, figure, log_run
 from services.backtest_data import Made, Range
@@ -106,7 +106,7 @@ def live_examples(settings: Settings, name: str) -> tuple[Made, Range]:
 def default_held_from(plan: Plan) -> int:
     """The start of the day at which three quarters of what is scored are over."""
     at = plan.score_from + (plan.over.until_ms - plan.score_from) * 3 // 4
-    return at // DAY_MS * DAY_MS
+    return at // comparison.DAY_MS * comparison.DAY_MS
 
 
 def serve_trials(pipe: Connection, task: Task) -> None:
