@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -46,7 +46,7 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
     events = read_events(broker, use_case)
     oracle = Recomputation(use_case, events)
     clocks = [tail.clock for tail in tails(broker, [label_topic(use_case), use_case.topic("predictions")]).values()]
-    known = [(p, at) for p in predictions if (at := held(p.event_time)) is not None]
+    known = auditable(predictions, held, oracle.vectorizer.schema_id)
     chosen = [known[i] for i in rng.choice(len(known), min(sample, len(known)), replace=False)]
     truth = {r.request_id: (r.label, r.label_time) for r in examples.records}
     numbers = examples.inputs(use_case.inputs, np.arange(len(examples))).numbers
@@ -64,6 +64,12 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
 def as_text(verdicts: Sequence[Verdict]) -> str:
     """One line a check."""
     return "\n".join(f"{'ok    ' if v['ok'] else 'FAILED'} {v['check']}: {v['detail']}" for v in verdicts)
+
+
+def auditable(predictions: Sequence[Prediction], held: Callable[[int], int | None], schema_id: str) -> list[Held]:
+    """The predictions whose windows' instant is known and whose vectors are of today's features."""
+    today = [p for p in predictions if p.schema == schema_id]
+    return [(p, at) for p in today if (at := held(p.event_time)) is not None]
 
 
 def vectors_equal(oracle: Recomputation, chosen: Sequence[Held]) -> Verdict:

@@ -21,7 +21,10 @@ CHUNK = 2000  # vectors decoded at a time
 
 
 class Prediction(msgspec.Struct):
-    """A record of `<uc>.predictions` or `.examples`; the vector stays JSON until it is asked for."""
+    """A record of `<uc>.predictions` or `.examples`; the vector stays JSON until it is asked for.
+
+    schema : of the vector; another one when the use case's features were others then
+    """
 
     request_id: str
     event_time: int
@@ -33,6 +36,7 @@ class Prediction(msgspec.Struct):
     features: msgspec.Raw
     label: float | None = None
     label_time: int | None = None
+    schema: str = ""
 
     def vector(self) -> dict[str, Any]:
         """The features by name."""

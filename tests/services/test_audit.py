@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from services import audit
-from services.audit import causality, examples_complete, leak_caught, permuted, suspicion, vectors_equal
+from services.audit import auditable, causality, examples_complete, leak_caught, permuted, suspicion, vectors_equal
 from services.lockstep import Lockstep
 from services.recompute import Recomputation, differences, read_events
 from services.served import Examples, Prediction, count_events, read_examples, read_predictions
@@ -53,6 +53,13 @@ def test_served_vectors_are_right(served: Any) -> None:
     found = vectors_equal(oracle, held(predictions))
     assert found["ok"], found["detail"]
     assert "90 vectors" in found["detail"]
+
+
+def test_vectors_of_other_features_are_left_out(served: Any) -> None:
+    _, oracle, predictions, _ = served
+    of_before = [msgspec.structs.replace(p, schema="before") for p in predictions[:9]]
+    known = auditable([*of_before, *predictions[9:]], lambda time: time // TICK * TICK, oracle.vectorizer.schema_id)
+    assert known == held(predictions)[9:]
 
 
 @pytest.mark.parametrize("features", [{"all_mean": 1e-3}, {"si_last": None}, {"more": 1}, {"si_whos": ["o1"]}])
