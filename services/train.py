@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -9,8 +10,7 @@ import shutil
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from services.settings import ROOT, Settings
 from services.topic_reader import Newest, read_all
 
 MEASURES = ("log_loss", "auc", "champion_log_loss", "champion_auc")
+DECISION_S, POLL_S = 60.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def train(
         if not versions and total < use_case.min_examples:
             few = f"{total:,} examples before the cut {iso(cut)}, the first version waits for {use_case.min_examples:,}"
             return TrainResult(None, cut, f"{name}: {few}")
+        if waiting := _undecided(versions, state):
+            state = _once_decided(broker, use_case, waiting)
         folder = home / f"{name}-{cut}"
         champion = _champion(registry, name, state, settings.home / "models" / name)
         job = _job(settings, use_case, broker, champion, cut, folder, tuned)
@@ -117,11 +120,28 @@ def closed_until(broker: Broker, use_case: UseCase) -> int:
 
 def _state(broker: Broker, use_case: UseCase) -> dict[str, Any]:
     """The newest `<uc>.models` state; empty before the first."""
-    newest = Newest(broker, use_case.topic("models"))
-    try:
-        return dict(newest.read().get(b"state") or {})
-    finally:
-        newest.close()
+    with contextlib.closing(Newest(broker, use_case.topic("models"))) as models:
+        return dict(models.read().get(b"state") or {})
+
+
+def _undecided(versions: Sequence[Version], state: dict[str, Any]) -> str | None:
+    """The newest trained version that has learned more than what serves and on which nothing is decided yet."""
+    serves, decided = state.get("roles", {}).get("champion"), {d["version"] for d in state.get("decisions", [])}
+    learned = int(state["versions"][serves]["cut"]) if serves else 0
+    trained = [v for v in versions if int(v.tags.get("cut") or 0) > learned and "refresh_of" not in v.tags]
+    return trained[-1].version if trained and trained[-1].version not in decided else None
+
+
+def _once_decided(broker: Broker, use_case: UseCase, version: str) -> dict[str, Any]:
+    """The newest state once a version is decided on: it may be the champion to beat. If nobody has asked, soon."""
+    print(f"{use_case.name}: version {version} is being considered, waiting up to {DECISION_S:.0f} s", flush=True)
+    give_up = time.monotonic() + DECISION_S
+    with contextlib.closing(Newest(broker, use_case.topic("models"))) as models:
+        while True:
+            state = dict(models.read().get(b"state") or {})
+            if time.monotonic() > give_up or any(d["version"] == version for d in state.get("decisions", [])):
+                return state
+            time.sleep(POLL_S)
 
 
 def _is_of(version: Version, cut: int, settings: str) -> bool:
@@ -194,7 +214,7 @@ def code_version() -> str:
         return importlib.metadata.version("penstock")
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone(home: Path, name: str, what: str) -> Iterator[None]:
     """One training, or search, of a use case at a time; a second one waits, and then finds what the first has made."""
     home.mkdir(parents=True, exist_ok=True)

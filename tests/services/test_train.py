@@ -182,6 +182,7 @@ def test_another_shape_of_net_starts_from_scratch(world: World, jobs: list[Job])
 def test_settings_that_a_search_found_make_another_version_of_a_cut(world: World, jobs: list[Job]) -> None:
     world.announce(CUT, 2000)
     world.train()
+    world.decide("1", CUT - 1)  # decided on, but what serves has not learned up to the cut
     world.registry.found = "rate=0.001,members=2,hidden=16x8"
     assert world.train().version == "2"
     assert (jobs[1].recipe.members, jobs[1].recipe.hidden, jobs[1].recipe.rate) == (2, (16, 8), Recipe().rate)
@@ -216,6 +217,31 @@ def test_drift_starts_one_retrain_up_to_closed_files(world: World, jobs: list[Jo
     assert world.train().version == "2" and len(jobs) == 2
     world.decide("2", told)
     assert world.train().version is None and len(jobs) == 2
+
+
+def test_a_retrain_is_compared_with_the_version_that_is_just_being_considered(
+    world: World, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.announce(CUT, 2000)
+    world.train()
+    world.decide("1", CUT)
+    world.announce(CUT + DAY, 2100)
+    world.train()
+    world.announce(CUT + 2 * DAY, 2200)
+    monkeypatch.setattr(service.time, "sleep", lambda s: world.decide("2", CUT + DAY))  # while the retrain waits
+    assert world.train().version == "3"
+    assert [job.champion and job.champion.version for job in jobs] == [None, "1", "2"]
+
+
+def test_a_version_that_nobody_considers_holds_nothing_up(
+    world: World, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "DECISION_S", 0.0)
+    world.announce(CUT, 2000)
+    world.train()
+    world.announce(CUT + DAY, 2100)
+    assert world.train().version == "2"
+    assert [job.champion for job in jobs] == [None, None]
 
 
 def test_a_crash_before_registration_does_not_train_again(
