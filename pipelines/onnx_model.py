@@ -57,6 +57,25 @@ class OnnxModel:
             model._verify()
         return model
 
+    @classmethod
+    def record(cls, folder: Path) -> None:
+        """Write the `example.json` of a version without one: what it scores a row of zeros and one of ones here.
+
+        Raises InputError as `load` does.
+        """
+        with _told(f"the model in {folder}"):
+            declared = ModelInputs.from_json(json.loads((folder / "inputs.json").read_bytes()))
+            ones = np.array([[0], [1]])
+            lengths = np.zeros(2, np.int64)
+            inputs = Inputs(
+                np.repeat(ones, len(declared.numbers), 1).astype(np.float32),
+                np.repeat(ones, len(declared.categories), 1),
+                tuple(Ragged(np.zeros((0, len(s.columns)), np.float32), lengths) for s in declared.sequences),
+            )
+            model = cls(_session((folder / "model.onnx").read_bytes(), declared), declared, "", None)
+            example = record_example(declared, inputs, model.score(inputs))
+        (folder / "example.json").write_text(json.dumps(example))
+
     def refreshed(self, graph: bytes, score: Sequence[float], number: int) -> OnnxModel:
         """The version with the weights of a refresh: its graph, and its scores of the version's recorded example.
 

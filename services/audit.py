@@ -41,7 +41,7 @@ def audit(settings: Settings, use_case: UseCase, *, sample: int = 500, seed: int
     if not predictions:
         raise InputError(f"{use_case.topic('predictions')} is empty: nothing was served that could be checked")
     versions = Registry(settings.mlflow_url).versions(use_case.name)
-    learned = {v.version: int(v.tags["latest_label_time"]) for v in versions}
+    learned = {v.version: int(v.tags.get("latest_label_time") or 0) for v in versions}
     held = as_of(read_log(log_path(settings, use_case.name)))
     events = read_events(broker, use_case)
     oracle = Recomputation(use_case, events)

@@ -225,6 +225,33 @@ def rollout(
 
 
 @app.command()
+def schemas(use_case: UseCaseName) -> None:
+    """Print every topic's records as JSON Schema, in one AsyncAPI 3 document."""
+    from features.usecase import load
+    from services.schemas import document
+
+    print(json.dumps(document(load(use_case)), indent=1))
+
+
+@app.command()
+def register(
+    use_case: UseCaseName,
+    folder: Annotated[Path, typer.Argument(help="Holds a model.onnx.", exists=True, file_okay=False)],
+    learned_until: Annotated[
+        datetime,
+        typer.Option(parser=parse_day, metavar="DATE", help="It has learned labels up to here; newer ones judge it."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Make a version of a model of your own: any ONNX graph that reads the declared inputs. Then have it considered."""
+    from services.register import register
+
+    with progress_on_stderr():
+        version = register(Settings.load(), use_case, folder, round(learned_until.timestamp() * 1000))
+    show({"version": version}, as_json, f"registered version {version} of {use_case}")
+
+
+@app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack up.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the state of an earlier demo first.")] = False,

@@ -43,17 +43,17 @@ def facts(state: Mapping[str, Any]) -> Iterator[Fact]:
     newest = {d["version"]: d for d in state["decisions"] if d["version"] is not None}
     for version, decision in newest.items():
         yield version, "decision", decision["sentence"]
-        yield version, "role", _role(state, version)
+        yield version, "role", _role(state, version, decision["action"])
 
 
-def _role(state: Mapping[str, Any], version: str) -> str:
+def _role(state: Mapping[str, Any], version: str, action: str) -> str:
     if version == state["roles"]["champion"]:
         return "champion"
     if version == state["roles"].get("challenger"):
         return str(state["phase"])
     served = state["versions"].get(version)
     if served is None:
-        return "refused"
+        return action
     return "rolled_back" if "rolled_back" in served else "retired"
 
 

@@ -52,6 +52,7 @@ class Followed:
         self.broker, self.fetch, self.contract = broker, fetch, examples_contract(use_case)
         self.models = Newest(broker, use_case.topic("models"))
         self.newest: Champion | None = None
+        self.foreign: set[str] = set()
 
     def champion(self) -> Champion | None:
         """See `World`; while Kafka or the registry is away the version before goes on."""
@@ -59,8 +60,11 @@ class Followed:
             state = self.models.read().get(STATE_KEY)
             version = state["roles"]["champion"] if state else None
             if state and version and (self.newest is None or version != self.newest.version):
-                self.fetch(version)
-                self.newest = Champion(version, learned_until(state["versions"][version]))
+                if (self.fetch(version) / "weights.pt").exists():
+                    self.newest = Champion(version, learned_until(state["versions"][version]))
+                elif version not in self.foreign:
+                    self.foreign.add(version)
+                    log.warning("nothing learns on: the champion has no weights of ours", version=version)
         except UnavailableError as error:
             log.warning("a new champion would not be seen now", error=str(error))
         return self.newest

@@ -72,7 +72,7 @@ def first_model(settings: Settings, use_case: UseCase, state: Mapping[str, Any],
     with tempfile.TemporaryDirectory() as folder:
         path = Registry(settings.mlflow_url).download(use_case.name, promoted[0], Path(folder))
         model = OnnxModel.load(path, promoted[0])
-    learned = int(state["versions"][promoted[0]]["latest_label_time"])
+    learned = int(state["versions"][promoted[0]]["latest_label_time"] or 0)
     rows = np.flatnonzero(examples.event_time > learned)
     if len(rows):
         scores[rows] = model.score(examples.inputs(model.inputs, rows))

@@ -76,7 +76,7 @@ def train(
         state = _state(broker, use_case)
         tuned = registry.settings(name)
         serves = state.get("roles", {}).get("champion")
-        if serves and (learned := int(state["versions"][serves]["cut"])) >= cut:
+        if serves and (learned := _learned(state)) >= cut:
             text = f"{name}: no new cut, version {serves} serves and has learned up to {iso(learned)}"
             return TrainResult(None, cut, text)
         if same := [v for v in versions if _is_of(v, cut, tuned)]:
@@ -126,9 +126,8 @@ def _state(broker: Broker, use_case: UseCase) -> dict[str, Any]:
 
 def _undecided(versions: Sequence[Version], state: dict[str, Any]) -> str | None:
     """The newest trained version that has learned more than what serves and on which nothing is decided yet."""
-    serves, decided = state.get("roles", {}).get("champion"), {d["version"] for d in state.get("decisions", [])}
-    learned = int(state["versions"][serves]["cut"]) if serves else 0
-    trained = [v for v in versions if int(v.tags.get("cut") or 0) > learned and "refresh_of" not in v.tags]
+    decided = {d["version"] for d in state.get("decisions", [])}
+    trained = [v for v in versions if int(v.tags.get("cut") or 0) > _learned(state) and "refresh_of" not in v.tags]
     return trained[-1].version if trained and trained[-1].version not in decided else None
 
 
@@ -171,7 +170,13 @@ def _champion(registry: Registry, name: str, state: dict[str, Any], models: Path
     if version is None:
         return None
     folder = registry.download(name, version, models)
-    return Champion(version, str(folder), int(state["versions"][version]["cut"]))
+    return Champion(version, str(folder), _learned(state))
+
+
+def _learned(state: dict[str, Any]) -> int:
+    """The cut (epoch ms) up to which what serves has learned; 0 when nothing serves, or it doesn't say."""
+    serves = state.get("roles", {}).get("champion")
+    return int(state["versions"][serves].get("cut") or 0) if serves else 0
 
 
 def run_job(job: Job, folder: Path, ranks: int, timeline: Path | None = None) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_a_challenger_has_an_alias_while_its_trial_is_on() -> None:
     mirror(registry, "toy", state_after(*steps, policy=policy), done)
     assert registry.set == {"champion": "1", "challenger": "2"} and registry.tags["2", "role"] == "shadow"
     mirror(registry, "toy", state_after(*steps, ("rollback", None), policy=policy), done)
-    assert registry.set == {"champion": "1"} and registry.tags["2", "role"] == "refused"
+    assert registry.set == {"champion": "1"} and registry.tags["2", "role"] == "rolled_back"
 
 
 def test_mirroring_again_asks_for_nothing_new() -> None:

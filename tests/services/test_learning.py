@@ -110,7 +110,10 @@ def test_the_champion_is_followed_once_its_files_are_here(tmp_path: Path) -> Non
     def fetch(version: str) -> Path:
         if version in away:
             raise UnavailableError("no MLflow")
-        return tmp_path
+        return tmp_path / ("foreign" if version == "3" else "ours")
+
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/weights.pt").touch()
 
     def publish(champion: str, **facts: Any) -> None:
         state = {"generation": 1, "roles": {"champion": champion}, "versions": {champion: facts}}
@@ -124,6 +127,8 @@ def test_the_champion_is_followed_once_its_files_are_here(tmp_path: Path) -> Non
     publish("2", cut=80, latest_label_time=85)
     assert world.champion() == Champion("1", 70)
     away.clear()
+    assert world.champion() == Champion("2", 86)
+    publish("3", cut=90)  # a model of the user's own: there is nothing to learn on from
     assert world.champion() == Champion("2", 86)
 
 
