@@ -184,6 +184,11 @@ class Engine:
                 changed[view.name] = rows
         return changed
 
+    def current(self) -> dict[str, ViewRows]:
+        """View name -> the row of every key that has one, as of the watermark."""
+        found = {view.name: view.windows.current(self.coder.decode) for view in self.views}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
     def _too_late(self, events: Events) -> list[Refusal]:
         """Late events that lie outside every window that could count them."""
         late = events.applied != events.times
@@ -348,6 +353,7 @@ def compile_kernels() -> None:
     windows, coder = ViewWindows(plan, 0, {"n": INTEGER}), Coder()
     coder.encode_integers(none)
     windows.advance(Input(rows, none, none, none, np.zeros((1, 0), np.int64)), 0, coder.decode)
+    windows.current(coder.decode)
     rehash(windows.plan, windows.state, none)
     rehash_known(windows.state, none)
     Timers(TimerRule({}), 0).run(Operations(none, none, none, none, rows), 0, 0)

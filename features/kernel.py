@@ -149,6 +149,18 @@ def advance(plan: Plan, state: State, events: Input, watermark: int, out: Output
     return rows
 
 
+@compiled
+def current(plan: Plan, state: State, watermark: int, out: Output) -> int:
+    """The row of every key as of the watermark; returns how many."""
+    rows = 0
+    for slot in range(state.meta[SLOTS]):
+        if state.slots[slot, LIVE] > 0:
+            _emit(plan, state.slots[slot], watermark, rows, out, state.nodes)
+            out.newest[rows] = True
+            rows += 1
+    return rows
+
+
 @inlined
 def _touch(state: State, slot: int, touched: Ints, n: int) -> int:
     if state.slots[slot, MARK] == state.meta[STAMP]:

@@ -244,6 +244,12 @@ class ViewWindows:
         n = kernel.advance(self.plan, self.state, events, watermark, out)
         return self._rows(out, n, decode) if n else None
 
+    def current(self, decode: Callable[[Ints], NDArray[Any]]) -> ViewRows | None:
+        """The row of every key with an event in some window, as of the watermark; None when there is none."""
+        out = self._room(int(self.state.meta[kernel.SLOTS]))
+        n = kernel.current(self.plan, self.state, self.watermark, out)
+        return self._rows(out, n, decode) if n else None
+
     def _reserve(self, n: int) -> None:
         """Make room for what `n` events can need."""
         s, windows = self.state, len(self.groups)

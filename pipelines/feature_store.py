@@ -78,6 +78,10 @@ class Backend(Protocol):
 
     def forget(self, before: int) -> int: ...
 
+    def knows(self, mark: str) -> bool: ...
+
+    def note(self, mark: str) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -145,6 +149,14 @@ class FeatureStore:
         A key without a row reads as the empty window, so no vector changes. Rows of a global view stay.
         """
         return self._backend.forget(before)
+
+    def knows(self, mark: str) -> bool:
+        """Whether a mark that `note` left is still there: an emptied store has lost it. UnavailableError as `write`."""
+        return self._backend.knows(mark)
+
+    def note(self, mark: str) -> None:
+        """Leave a mark beside the rows."""
+        self._backend.note(mark)
 
     def _make_key(self, names: tuple[str, ...], values: tuple[Any, ...]) -> bytes:
         """Feast's key of an entity: types by value, a global view by its dummy entity."""

@@ -8,6 +8,7 @@ from typing import Any
 from features.contracts import Contract
 from features.engine import Engine
 from features.usecase import UseCase
+from features.windows import ViewRows
 from pipelines.step import Due, Event, Outputs, Rejection, Rows
 
 
@@ -30,12 +31,20 @@ class Featurizer:
         changed, refused = self.engine.advance(events.columns(), watermark)
         out = Outputs(rejected=[Rejection(events[r.position], r.reason, r.detail) for r in refused])
         for name, rows in changed.items():
-            out.offline.append(Rows(name, rows.keys, rows.times, dict(rows.columns)))
+            out.offline.append(_rows(name, rows))
             out.online.append(out.offline[-1] if rows.newest.all() else out.offline[-1].take(rows.newest))
         return out
+
+    def current(self) -> list[Rows]:
+        """The row of every key, as of the watermark."""
+        return [_rows(name, rows) for name, rows in self.engine.current().items()]
 
     def snapshot(self) -> bytes:
         return self.engine.snapshot()
 
     def restore(self, data: bytes) -> None:
         self.engine.restore(data)
+
+
+def _rows(name: str, rows: ViewRows) -> Rows:
+    return Rows(name, rows.keys, rows.times, dict(rows.columns))

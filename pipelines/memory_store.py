@@ -19,6 +19,7 @@ class MemoryStore:
         self._keys = {view.name: join_keys(view) for view in use_case.views}
         self._columns = {view.name: view_columns(view) for view in use_case.views}
         self._rows: dict[str, dict[tuple[Any, ...], StoredRow]] = {view.name: {} for view in use_case.views}
+        self._marks: set[str] = set()
 
     def write(self, rows: Sequence[Rows]) -> None:
         """Keep each row that is newer than what its key has; a key with a null belongs to no entity."""
@@ -40,6 +41,20 @@ class MemoryStore:
             }
             for entity in keys
         ]
+
+    def knows(self, mark: str) -> bool:
+        """Whether a mark that `note` left is still there."""
+        return mark in self._marks
+
+    def note(self, mark: str) -> None:
+        """Leave a mark beside the rows."""
+        self._marks.add(mark)
+
+    def clear(self) -> None:
+        """Lose everything, as a store that is emptied."""
+        self._marks.clear()
+        for rows in self._rows.values():
+            rows.clear()
 
     def snapshot(self) -> list[Any]:
         """Every row as plain values."""

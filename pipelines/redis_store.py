@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ while at <= #rows do
   at = row[count + 3]
 end
 """
+MARKS = "penstock:marks"
 # KEYS: the hash; ARGV: the time that was read, the view's fields, its time last.
 FORGET = """
 if redis.call('HGET', KEYS[1], ARGV[#ARGV]) ~= ARGV[1] then return 0 end
@@ -101,24 +103,18 @@ class RedisBackend:
         return bytes(_redis_key(self._config.project, entity, self._config.entity_key_serialization_version))
 
     def write(self, rows: Sequence[tuple[View, list[bytes | None], Rows]]) -> None:
-        try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for view, keys, batch in rows:
-                    fields = self._layouts[view.name].fields
-                    for packed in _packed(view, keys, batch):
-                        pipe.eval(WRITE, 0, len(fields), packed, *fields)
-                pipe.execute()
-        except RedisError as error:
-            raise UnavailableError(f"the online store does not take rows: {error}") from None
+        with self._answering(), self._redis.pipeline(transaction=False) as pipe:
+            for view, keys, batch in rows:
+                fields = self._layouts[view.name].fields
+                for packed in _packed(view, keys, batch):
+                    pipe.eval(WRITE, 0, len(fields), packed, *fields)
+            pipe.execute()
 
     def read(self, keys: Sequence[tuple[bytes, Group]]) -> list[dict[str, StoredRow]]:
-        try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for key, group in keys:
-                    pipe.hmget(key, self._fields[group.keys])
-                replies = pipe.execute()
-        except RedisError as error:
-            raise UnavailableError(f"the online store does not answer: {error}") from None
+        with self._answering(), self._redis.pipeline(transaction=False) as pipe:
+            for key, group in keys:
+                pipe.hmget(key, self._fields[group.keys])
+            replies = pipe.execute()
         return [self._decoded(group, values) for (_, group), values in zip(keys, replies, strict=True)]
 
     def _decoded(self, group: Group, values: Sequence[bytes | None]) -> dict[str, StoredRow]:
@@ -142,14 +138,8 @@ class RedisBackend:
         return row, int(at.seconds * 1000 + at.nanos // 1_000_000)
 
     def forget(self, before: int) -> int:
-        forgotten = 0
-        try:
-            for group in self._groups:
-                for keys in self._keys(group):
-                    forgotten += self._forget(group, keys, before)
-        except RedisError as error:
-            raise UnavailableError(f"the online store does not answer: {error}") from None
-        return forgotten
+        with self._answering():
+            return sum(self._forget(group, keys, before) for group in self._groups for keys in self._keys(group))
 
     def _keys(self, group: Group) -> Iterator[list[bytes]]:
         """The stored keys of a group, in batches; of none for global views."""
@@ -170,6 +160,21 @@ class RedisBackend:
                     if row is not None and time is not None and time < before and tuple(row.values()) == view.empty:
                         pipe.eval(FORGET, 1, key, _stamps(np.array([time]))[0][4:], *self._layouts[view.name].fields)
             return sum(pipe.execute())
+
+    def knows(self, mark: str) -> bool:
+        with self._answering():
+            return bool(self._redis.sismember(MARKS, mark))
+
+    def note(self, mark: str) -> None:
+        with self._answering():
+            self._redis.sadd(MARKS, mark)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except RedisError as error:
+            raise UnavailableError(f"the online store does not answer: {error}") from None
 
     def close(self) -> None:
         self._redis.close()

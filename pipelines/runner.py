@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import structlog
 
@@ -61,6 +61,19 @@ class OnlineStore(Protocol):
     def write(self, rows: Sequence[Rows]) -> None:
         """Returns when every row is acknowledged."""
 
+    def knows(self, mark: str) -> bool:
+        """Whether a mark that `note` left is still there; a store that was emptied has lost it with the rows."""
+
+    def note(self, mark: str) -> None: ...
+
+
+@runtime_checkable
+class Refills(Protocol):
+    """A step whose online rows can be written again."""
+
+    def current(self) -> list[Rows]:
+        """The row of every key, as of the watermark."""
+
 
 class Adopts(Protocol):
     """Who knows of backfilled views."""
@@ -99,7 +112,7 @@ class Owned:
     online : rows that are not written yet, oldest first
     eventful : whether more than time going on has gathered
     paused : topics that ran ahead of another one
-    kept : of a step whose state is stored whole: its last snapshot's name and positions
+    kept : the last commit's snapshot and positions; None before the first
     """
 
     task: Task
@@ -372,6 +385,7 @@ class Runner:
             self._pass_time(owned)
             return
         checkpoints, produced = owned.checkpoints, owned.produced
+        self._refill(i, owned)
         self._write_online(owned)
         closed = checkpoints.write_tables(produced.closed)
         for path, data in produced.files.items():
@@ -397,6 +411,17 @@ class Runner:
         if self.on_commit and messages:
             self.on_commit(messages)
         self._committed(owned)
+
+    def _refill(self, i: int, owned: Owned) -> None:
+        """Write every row again when the online store has been emptied since an earlier commit."""
+        mark, step = f"{self.use_case.name}.{self.name}.{i}", owned.task.step
+        if self.store is None or not isinstance(step, Refills) or self.store.knows(mark):
+            return
+        if owned.kept:
+            rows = owned.task.served(step.current())
+            self.store.write(rows)
+            self.log.warning("online store was empty, filled", partition=i, rows=sum(len(r.times) for r in rows))
+        self.store.note(mark)
 
     def _pass_time(self, owned: Owned) -> None:
         """Tell how far a step is whose state is stored whole, at the positions of its last snapshot."""

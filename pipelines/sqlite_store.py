@@ -26,6 +26,7 @@ from pipelines.step import Rows
 
 TIME = "_epoch_ms"  # beside the features of a row
 BATCH = 500  # keys a query
+MARKS = "penstock_marks"
 
 
 class SqliteBackend:
@@ -38,6 +39,7 @@ class SqliteBackend:
         with self._errors():
             self._db: sqlite3.Connection = self._feast._get_conn(config)
             self._db.execute(f"PRAGMA busy_timeout = {round(timeout_s * 1000)}")
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS {MARKS} (mark TEXT PRIMARY KEY)")
             self._feast.update(config, [], [v.feast for group in groups for v in group.views], [], [], partial=True)
 
     def key(self, entity: EntityKey) -> bytes:
@@ -111,6 +113,15 @@ class SqliteBackend:
                 self._db.commit()
                 forgotten += len(dead)
         return forgotten
+
+    def knows(self, mark: str) -> bool:
+        with self._errors():
+            return bool(self._db.execute(f"SELECT 1 FROM {MARKS} WHERE mark = ?", (mark,)).fetchone())
+
+    def note(self, mark: str) -> None:
+        with self._transaction():
+            self._db.execute(f"INSERT OR IGNORE INTO {MARKS} VALUES (?)", (mark,))
+            self._db.commit()
 
     def close(self) -> None:
         self._db.close()

@@ -70,15 +70,16 @@ class Task:
         out = self.step.process(events, self.intake.watermark)
         refused += [Refused(r.event.record, r.reason, r.detail) for r in out.rejected if r.event.record]
         self.intake.counts.update(r.reason for r in out.rejected)
-        for rows in self._served(out.offline):
+        for rows in self.served(out.offline):
             self.tables.setdefault(rows.view, []).append(rows)
         for table, records_of in out.rows.items():
             self.tables.setdefault(table, []).extend(records_of)
         passed = before // self.file_every != self.intake.watermark // self.file_every
         closed = self._close(everything=passed or out.close)
-        return Produced(out.messages, self._served(out.online), refused, closed, out.files, out.forget, out.keep)
+        return Produced(out.messages, self.served(out.online), refused, closed, out.files, out.forget, out.keep)
 
-    def _served(self, rows: list[Rows]) -> list[Rows]:
+    def served(self, rows: list[Rows]) -> list[Rows]:
+        """Those of views that are served."""
         return [r for r in rows if r.view not in self.unserved] if self.unserved else rows
 
     def _close(self, everything: bool) -> list[tuple[str, pa.Table]]:

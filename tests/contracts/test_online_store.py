@@ -267,6 +267,20 @@ def test_we_read_what_feast_writes(feast_only: Any, redis: str) -> None:
     assert feast_only.read([{"shop": "a", "item": 1}])[0]["shop_item"][0]["si_count"] == 3
 
 
+def test_a_mark_stays(store: Any) -> None:
+    assert not store.knows("toy.featurizer.0")
+    store.note("toy.featurizer.0")
+    store.note("toy.featurizer.0")
+    assert store.knows("toy.featurizer.0") and not store.knows("toy.featurizer.1")
+
+
+@pytest.mark.integration
+def test_a_mark_goes_with_the_rows(feast_only: Any, redis: str) -> None:
+    feast_only.note("toy.featurizer.0")
+    flush(redis)
+    assert not feast_only.knows("toy.featurizer.0")
+
+
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 def test_a_feast_user_gets_our_rows_as_online_features(feast_only: Any, redis: str, tmp_path: Path) -> None:

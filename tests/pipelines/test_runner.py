@@ -175,6 +175,23 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(
     assert watermark_of(broker, "toy.joiner") == watermark_of(calm, "toy.joiner") == START + 120 * MINUTE
 
 
+def test_an_emptied_store_is_filled_at_the_next_commit(tmp_path: Path) -> None:
+    full, lost = Store(use_case), Store(use_case)
+    for store in (full, lost):
+        broker, path = make_broker(), tmp_path / str(store is lost)
+        orders(broker, 0, 60)
+        once(runner(broker, lambda _: Featurizer(use_case), path, store))
+        if store is lost:
+            store.clear()
+        orders(broker, 60, 1)
+        once(runner(broker, lambda _: Featurizer(use_case), path, store))
+
+    def rows(store: Store) -> Any:
+        return {view: {key: row for key, (row, _) in of.items()} for view, of in store.snapshot_rows().items()}
+
+    assert rows(lost) == rows(full) and len(rows(full)["shop_item"]) == 6
+
+
 EXAMPLES, CUTS, GROUP = ("toy.examples", 0), ("toy.cuts", 0), "toy.joiner"
 
 
