@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from airflow.providers.standard.operators.bash import BashOperator
@@ -13,6 +13,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 FEATURES = Path(__file__).resolve().parent.parent / "features"
 DECLARATION = re.compile(r"^use_case(: UseCase)? = ", re.MULTILINE)
+LONG = 2  # slots of the pool upkeep, of three: one is always left for what is short
 
 
 def use_cases() -> list[str]:
@@ -24,9 +25,7 @@ def use_cases() -> list[str]:
 
 def dag(name: str, task: str, about: str, **more: object) -> DAG:
     """The DAG `<uc>_<task>`; `{name}` in `about` is the use case."""
-    started = datetime(2013, 1, 1)
-    tags = ["penstock", name]
-    return DAG(f"{name}_{task}", start_date=started, catchup=False, doc_md=about.format(name=name), tags=tags, **more)
+    return DAG(f"{name}_{task}", catchup=False, doc_md=about.format(name=name), tags=["penstock", name], **more)
 
 
 def call(task: str, doc: str, command: str, pool: str, hours: int = 1, **more: object) -> BashOperator:
@@ -36,7 +35,7 @@ def call(task: str, doc: str, command: str, pool: str, hours: int = 1, **more: o
 
 
 def at(cron: str) -> CronTriggerTimetable:
-    """A schedule by the clock, in UTC."""
+    """A schedule by the clock, in UTC. No DAG has a start date, so what was due before the stack was up is not run."""
     return CronTriggerTimetable(cron, timezone="UTC")
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 
 from airflow.providers.apache.kafka.triggers.shared_stream import KafkaSharedStreamTrigger
+from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import Asset, AssetWatcher, Param
 from airflow.timetables.assets import AssetOrTimeSchedule
-from factory import at, call, dag, features, model, use_cases
+from factory import LONG, at, call, dag, features, model, use_cases
 
 RETRAIN = """
 Trains **{name}** up to its newest cut, or later after drift, with Horovod, evaluates, registers a version in MLflow
@@ -43,11 +44,10 @@ def told(name: str, topic: str) -> Asset:
     return Asset(f"{name}_{topic}", watchers=[AssetWatcher(name=f"{name}_{topic}", trigger=trigger)])
 
 
-def then_consider(name: str, command: str, doc: str, hours: int, inlets: list[Asset]) -> None:
-    """What may register a version, and the question whether that shall serve."""
-    train = call("train", doc, command, "training", hours, output_processor=version_of, inlets=inlets)
-    ask = "Asks the controller whether the new version shall serve, and tells its decision; skipped without one."
-    train >> call("consider", ask, CONSIDER % name, "upkeep", outlets=[model(name)])
+def then_consider(name: str, train: BashOperator) -> None:
+    """The question whether what a task has registered shall serve."""
+    doc = "Asks the controller whether the new version shall serve, and tells its decision; skipped without one."
+    train >> call("consider", doc, CONSIDER % name, "upkeep", outlets=[model(name)])
 
 
 for name in use_cases():
@@ -55,8 +55,12 @@ for name in use_cases():
     woken = AssetOrTimeSchedule(timetable=at("0 6 * * *"), assets=cuts | drift)
     with dag(name, "retrain", RETRAIN, schedule=woken):
         doc = "Trains, evaluates and registers the version of the newest cut; without a new one it says so and ends."
-        then_consider(name, f"exec penstock train {name} --ranks 2 --json", doc, 1, [features(name), cuts, drift])
-    with dag(name, "tune", TUNE, schedule=at("0 3 * * 3"), params=PARAMS):  # weekly cuts come on Thursdays
+        command = f"exec penstock train {name} --ranks 2 --json"
+        inlets = [features(name), cuts, drift]
+        then_consider(name, call("train", doc, command, "training", output_processor=version_of, inlets=inlets))
+    with dag(name, "tune", TUNE, schedule=at("0 3 * * 3"), params=PARAMS):  # cuts of whole weeks come on Thursdays
         doc = "Goes on with the search to so many trials; trains a version when settings are certainly better."
-        search = f"exec penstock tune {name} --trials {{{{ params.trials }}}} --jobs {{{{ params.jobs }}}} --json"
-        then_consider(name, search, doc, 12, [features(name)])
+        command = f"exec penstock tune {name} --trials {{{{ params.trials }}}} --jobs {{{{ params.jobs }}}} --json"
+        # Not in the pool of trainings: a search takes hours, and its processes give way to a retrain.
+        more = {"output_processor": version_of, "inlets": [features(name)], "pool_slots": LONG}
+        then_consider(name, call("train", doc, command, "upkeep", 12, **more))

@@ -4,7 +4,7 @@ on demand, and `<uc>_housekeeping`, once a day."""
 from __future__ import annotations
 
 from airflow.sdk import Param
-from factory import at, call, dag, features, use_cases
+from factory import LONG, at, call, dag, features, use_cases
 
 FEATURES = """
 Brings the features and labels of **{name}** up to the end that its topics have now
@@ -43,8 +43,7 @@ for name in use_cases():
     with dag(name, "backfill", BACKFILL, schedule=None, params=PARAMS, **alone):
         doc = "Computes the view and waits until the running featurizer serves it."
         more = {"env": VALUES, "append_env": True, "outlets": [features(name)]}
-        # Of the pool's three slots one is always left for what is short.
-        call("backfill", doc, f"exec penstock backfill {name} {OPTIONS}", "upkeep", 24, pool_slots=2, **more)
+        call("backfill", doc, f"exec penstock backfill {name} {OPTIONS}", "upkeep", 24, pool_slots=LONG, **more)
     with dag(name, "housekeeping", HOUSEKEEPING, schedule=at("30 4 * * *"), **alone):
         doc = "One round; tells what it merged and removed."
         call("housekeeping", doc, f"exec penstock housekeeping {name}", "upkeep", 4)

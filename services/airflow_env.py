@@ -13,8 +13,8 @@ from typing import Any
 from services.settings import ROOT, Settings
 
 POOLS = {  # name: slots, what for; what runs at most at once, so that a machine is not over-committed
-    "training": (1, "one training or search at a time"),
-    "upkeep": (3, "all else; a backfill takes two slots, so that one is left for what is short"),
+    "training": (1, "one training at a time"),
+    "upkeep": (3, "all else; a backfill or a search takes two slots, so that one is left for what is short"),
 }
 TIMEOUT_S = 5.0
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from services.airflow_env import POOLS
+
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_FILE = 80  # lines
 HEAVY = ("torch", "feast", "mlflow", "pandas", "numpy", "kafka", "features", "services")
@@ -84,7 +86,13 @@ def test_every_task_is_told_about_tried_again_and_in_a_pool(parsed: Any) -> None
         assert dag["doc_md"] and dag["catchup"] is False
         for task in tasks_of(dag).values():
             assert task["doc_md"] and task["retries"] == 2
-            assert task["pool"] == ("training" if task["task_id"] == "train" else "upkeep")
+            assert task["pool"] == ("training" if "penstock train" in task["bash_command"] else "upkeep")
+
+
+def test_what_takes_long_leaves_a_slot_to_what_is_short(parsed: Any) -> None:
+    slots = {name: [task.get("pool_slots", 1) for task in tasks_of(dag).values()] for name, dag in parsed[0].items()}
+    assert slots["flights_tune"] == [2, 1] and slots["flights_backfill"] == [2]
+    assert POOLS["upkeep"][0] == 3
 
 
 def test_retrain_is_woken_by_cuts_and_daily(parsed: Any) -> None:
