@@ -35,7 +35,7 @@ def call(task: str, doc: str, command: str, pool: str, hours: int = 1, **more: o
 
 
 def at(cron: str) -> CronTriggerTimetable:
-    """A schedule by the clock, in UTC. No DAG has a start date, so what was due before the stack was up is not run."""
+    """A schedule by the clock, in UTC. Without a start date, what was due before the stack was up is not run."""
     return CronTriggerTimetable(cron, timezone="UTC")
 
 

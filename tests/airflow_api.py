@@ -38,11 +38,11 @@ class Airflow:
         reply = self.client.post(f"/dags/{dag}/dagRuns", json={"logical_date": None, "conf": conf})
         return str(reply.raise_for_status().json()["dag_run_id"])
 
-    def run(self, dag: str, **conf: Any) -> dict[str, str]:
-        """A whole run's tasks and how they ended."""
-        return self.ended(dag, self.start(dag, **conf))
+    def runs(self, dag: str) -> list[str]:
+        """The ids of a DAG's runs, oldest first."""
+        return [run["dag_run_id"] for run in self.get(f"/dags/{dag}/dagRuns", order_by="id")["dag_runs"]]
 
-    def ended(self, dag: str, run: str, within_s: float = 300.0) -> dict[str, str]:
+    def ended(self, dag: str, run: str, within_s: float = 600.0) -> dict[str, str]:
         """Task -> how it ended, of a run that is over."""
         self.until(lambda: self.get(f"/dags/{dag}/dagRuns/{run}")["state"] in OVER, f"end of {dag} {run}", within_s)
         return {task["task_id"]: task["state"] for task in self.tasks(dag, run)}
@@ -50,11 +50,10 @@ class Airflow:
     def tasks(self, dag: str, run: str) -> list[dict[str, Any]]:
         return list(self.get(f"/dags/{dag}/dagRuns/{run}/taskInstances")["task_instances"])
 
-    def again(self, dag: str, run: str) -> dict[str, str]:
-        """The same run cleared, and how its tasks end then."""
+    def clear(self, dag: str, run: str) -> None:
+        """Have a run done again."""
         body = {"dry_run": False, "dag_run_id": run, "only_failed": False}
         self.client.post(f"/dags/{dag}/clearTaskInstances", json=body).raise_for_status()
-        return self.ended(dag, run)
 
     def log(self, dag: str, run: str, task: str) -> str:
         """What a task's last try has written."""
