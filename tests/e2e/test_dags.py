@@ -20,7 +20,10 @@ import psycopg
 import pytest
 
 from features.clicks import use_case
+from pipelines.broker import clock_message
+from pipelines.checkpoint import watermark_of
 from services import rollout, stack, wiring
+from services.progress import iso
 from services.replay import replay
 from services.settings import Settings
 from services.source import source_of
@@ -186,6 +189,36 @@ def test_a_scheduler_that_is_killed_ends_the_run_after_all(clicks: Stack) -> Non
     assert "failed" not in {state for run in newest for state in airflow.ended(RETRAIN, run).values()}
     decided = [d["version"] for d in rollout.status(settings, "clicks")["decisions"]]
     assert wiring.registry(settings).versions("clicks")[-1].version in decided
+
+
+def test_features_catch_up_where_no_process_runs(clicks: Stack) -> None:
+    """The one that does is stopped until the broker gives it up; woken, it finds that another one took its place."""
+    settings, airflow = clicks
+    broker, pid = wiring.broker(settings), stack.status(settings)["services"]["featurizer+joiner-clicks"]["pid"]
+    reached = watermark_of(broker, "clicks.featurizer", use_case.partitions)
+    assert reached
+    later = reached + HOUR // timedelta(milliseconds=1)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        airflow.until(lambda: not broker.members("clicks.featurizer"), "end of the membership")
+        producer = broker.producer()
+        topics, partitions = use_case.event_topics, range(use_case.partitions)
+        producer.send([clock_message(topic, i, later) for topic in topics for i in partitions])
+        producer.flush()
+        airflow.unpause("clicks_features")
+        run = airflow.start("clicks_features")
+        end, mark = (
+            airflow.ended("clicks_features", run),
+            watermark_of(broker, "clicks.featurizer", use_case.partitions),
+        )
+        airflow.clear("clicks_features", run)
+        assert airflow.ended("clicks_features", run) == end == {"catch_up": "success"}
+        assert watermark_of(broker, "clicks.featurizer", use_case.partitions) == mark == later
+        assert f"clicks.featurizer is at {iso(later)}" in airflow.log("clicks_features", run, "catch_up")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    quiet(airflow)
+    airflow.until(lambda: broker.members("clicks.featurizer"), "featurizer")
 
 
 def restarted(settings: Settings, pid: int) -> dict[str, Any] | None:

@@ -170,7 +170,10 @@ def test_every_dag_runs_and_a_run_that_is_cleared_changes_nothing(loop: tuple[Se
     runs = {f"flights_{dag}": airflow.start(f"flights_{dag}", **form) for dag, form in forms.items()}
     ends = {dag: airflow.ended(dag, run) for dag, run in runs.items()}
     assert {state for end in ends.values() for state in end.values()} == {"success"}
-    assert "another instance owns this group" in airflow.log("flights_features", runs["flights_features"], "catch_up")
+    said = airflow.log("flights_features", runs["flights_features"], "catch_up")
+    assert "another instance owns this group" in said and "flights.joiner is at 2013-01-1" in said
+    pools = {pool["name"]: pool["slots"] for pool in airflow.get("/pools")["pools"]}
+    assert pools.items() >= {"training": 1, "upkeep": 3}.items()
     trained = [run for run in airflow.runs("flights_retrain") if airflow.log("flights_retrain", run, "train")]
     again = {**runs, "flights_retrain": trained[0]}
     for dag, run in again.items():
