@@ -72,6 +72,12 @@ def champion(settings: Settings) -> str | None:
     return role if role == served else None
 
 
+def decision(settings: Settings, version: str) -> dict[str, Any]:
+    """The first one on a version; empty before."""
+    decisions = rollout.status(settings, "clicks")["decisions"]
+    return next((dict(d) for d in decisions if d["version"] == version), {})
+
+
 def cuts_of(settings: Settings) -> list[str]:
     """The cut of each version."""
     return [v.tags["cut"] for v in wiring.registry(settings).versions("clicks")]
@@ -103,15 +109,16 @@ def test_the_way_of_a_cut_to_serving(clicks: Stack, capsys: pytest.CaptureFixtur
     settings, airflow = clicks
     cut = next_cut(settings, 2)
     airflow.until(lambda: str(cut) in cuts_of(settings), "version", 600)
-    quiet(airflow)
     (version,) = [v for v in wiring.registry(settings).versions("clicks") if v.tags["cut"] == str(cut)]
+    airflow.until(lambda: decision(settings, version.version) and champion(settings), "decision that is served")
+    served = time.time()
+    quiet(airflow)
     told = [
         r.timestamp / 1000
         for r in read_all(wiring.broker(settings), "clicks.cuts")
         if f"{cut}".encode() in (r.value or b"")
     ]
-    state = rollout.status(settings, "clicks")
-    decided = next(d["time"] / 1000 for d in state["decisions"] if d["version"] == version.version)
+    decided = decision(settings, version.version)["time"] / 1000
     tasks = [task for run in airflow.runs(RETRAIN) for task in airflow.tasks(RETRAIN, run) if task["start_date"]]
     first = min((t for t in tasks if at(t["start_date"]) > min(told)), key=lambda t: t["start_date"])
     consider = min(
@@ -125,6 +132,7 @@ def test_the_way_of_a_cut_to_serving(clicks: Stack, capsys: pytest.CaptureFixtur
         "version registered": version.created / 1000,
         "consider started": at(consider["start_date"]),
         "decided": decided,
+        "served": served,
         "consider ended": at(consider["end_date"]),
     }
     with capsys.disabled():
@@ -132,7 +140,7 @@ def test_the_way_of_a_cut_to_serving(clicks: Stack, capsys: pytest.CaptureFixtur
         for name, moment in moments.items():
             print(f"  {moment - min(told):6.1f} s  {name}")
         training = version.metrics["training_s"]
-        print(f"  of it {training:.1f} s in the ranks; {[d['sentence'] for d in state['decisions']][-1]}")
+        print(f"  of it {training:.1f} s in the ranks; {decision(settings, version.version)['sentence']}")
     assert min(told) <= moments["first task started"] < moments["version registered"] < decided
 
 
@@ -187,8 +195,7 @@ def test_a_scheduler_that_is_killed_ends_the_run_after_all(clicks: Stack) -> Non
     assert cuts_of(settings) == [*before, str(cut)]
     newest = airflow.runs(RETRAIN)[-4:]
     assert "failed" not in {state for run in newest for state in airflow.ended(RETRAIN, run).values()}
-    decided = [d["version"] for d in rollout.status(settings, "clicks")["decisions"]]
-    assert wiring.registry(settings).versions("clicks")[-1].version in decided
+    assert decision(settings, wiring.registry(settings).versions("clicks")[-1].version)
 
 
 def test_features_catch_up_where_no_process_runs(clicks: Stack) -> None:
