@@ -58,9 +58,10 @@ class RetrainWait:
         return self.models.read().get(b"state") or {}
 
     def _decision(self, cut: int) -> dict[str, Any]:
-        """What control decided on the version of this cut; empty before."""
+        """What control decided first on the newest version of this cut; empty before. Partitions that announce a cut
+        apart wake several runs, which may ask again."""
         made = [d for d in self._state().get("decisions", []) if d.get("cut") == cut]
-        return made[-1] if made else {}
+        return next((d for d in made if d["version"] == made[-1]["version"]), {})
 
     def _serves(self) -> bool:
         state, ready = self._state(), self.client.get("/readyz") or {}
