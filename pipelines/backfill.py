@@ -14,6 +14,8 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from fsspec.core import url_to_fs
+
 from features.errors import ConfigError
 from features.usecase import UseCase
 from features.windows import compile_view
@@ -56,6 +58,20 @@ class Backfill(Featurizer):
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
         assert isinstance(events, Due)
         return super().process(events.since(self.from_ms), watermark)
+
+
+def forget(broker: Broker, use_case: UseCase, state_url: str, view: str) -> bool:
+    """Remove what the backfill of a view has left, which nobody needs any more; False when it is at work or there is
+    none. Killed in the middle, it goes on when it is called again."""
+    name = step_name(use_case, view)
+    fs, root = url_to_fs(f"{state_url}/{use_case.name}/{name}")
+    there = fs.exists(root)
+    if not (there or broker.committed(use_case.topic(name))) or broker.members(use_case.topic(name)):
+        return False
+    if there:
+        fs.rm(root, recursive=True)
+    broker.forget(use_case.topic(name))
+    return True
 
 
 class _Found(NamedTuple):

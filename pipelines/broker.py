@@ -158,3 +158,6 @@ class Broker(Protocol):
 
     def members(self, group: str) -> int:
         """How many live members a group has."""
+
+    def forget(self, group: str) -> None:
+        """Remove what a group has committed; StateError while it has members."""

@@ -14,7 +14,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from features.errors import ConfigError, FencedError, InputError, PenstockError, UnavailableError
+from features.errors import ConfigError, FencedError, InputError, PenstockError, StateError, UnavailableError
 from features.kernel import Ints, compiled, inlined
 from pipelines.broker import Consumer, Headers, Message, Position, Producer, Record
 from pipelines.broker import TopicPartition as Partition
@@ -220,6 +220,12 @@ class KafkaBroker:
         """How many live members a group has; 0 for a group nobody knows."""
         found = self._ask(f"members of {group}", lambda admin: admin.describe_groups([group]))
         return len(found[group]["members"] or ())
+
+    def forget(self, group: str) -> None:
+        """Remove what a group has committed; a group nobody knows has committed nothing."""
+        said = self._ask(f"removal of {group}", lambda admin: admin.delete_groups([group]))[group]
+        if said not in ("OK", "GroupIdNotFoundError"):
+            raise StateError(f"the positions of {group} can't be removed: {said}")
 
 
 class Together(RangePartitionAssignor):  # type: ignore[misc]  # kafka-python has no types

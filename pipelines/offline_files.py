@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -42,11 +42,12 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition's offline rows; `listed` are the names in its committed snapshot."""
+    """One partition's offline rows; `listed` are the names in its committed snapshot, `defined` its views' plans."""
 
     fs: Any
     root: str
     listed: tuple[str, ...]
+    defined: Mapping[str, Any] = field(default_factory=dict)
 
     def files(self, view: str) -> list[File]:
         """What to read for all rows of a view, oldest first."""
@@ -185,7 +186,8 @@ def partitions(state_url: str, use_case: str, broker: Broker) -> list[Partition]
 
 def _partition(url: str, snapshot: str) -> Partition:
     fs, root = url_to_fs(url)
-    return Partition(fs, root, tuple(read_snapshot(fs, root, snapshot).files))
+    loaded = read_snapshot(fs, root, snapshot)
+    return Partition(fs, root, tuple(loaded.files), loaded.plan.parts)
 
 
 def merge_plan(sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Airflow's settings in the embedded stack, and the one thing that must be set up in it: the training pool."""
+"""Airflow's settings in the embedded stack, and the one thing that must be set up in it: the pools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 
 from services.settings import ROOT, Settings
 
-TRAINING_POOL = "training"
+POOLS = {  # name: slots, what for; what runs at most at once, so that a machine is not over-committed
+    "training": (1, "one training at a time"),
+    "upkeep": (3, "all else; a backfill or a search takes two slots, so that one is left for what is short"),
+}
 TIMEOUT_S = 5.0
 
 
@@ -83,16 +86,17 @@ def part_is_healthy(settings: Settings, part: str) -> bool:
     return bool((reply.get(part) or {}).get("status") == "healthy")
 
 
-def create_training_pool(settings: Settings) -> None:
-    """A pool of one slot: trainings run one after the other."""
+def create_pools(settings: Settings) -> None:
+    """The pools that the DAGs name; one that is there keeps its slots."""
     login = {"username": "admin", "password": settings.secrets["airflow_password"]}
     token = _call(f"{settings.airflow_url}/auth/token", login)["access_token"]
-    pool = {"name": TRAINING_POOL, "slots": 1, "description": "one training at a time", "include_deferred": False}
-    try:
-        _call(f"{settings.airflow_url}/api/v2/pools", pool, {"Authorization": f"Bearer {token}"})
-    except urllib.error.HTTPError as error:
-        if error.code != 409:  # it is there already
-            raise
+    for name, (slots, what) in POOLS.items():
+        pool = {"name": name, "slots": slots, "description": what, "include_deferred": False}
+        try:
+            _call(f"{settings.airflow_url}/api/v2/pools", pool, {"Authorization": f"Bearer {token}"})
+        except urllib.error.HTTPError as error:
+            if error.code != 409:  # it is there already
+                raise
 
 
 def _call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:

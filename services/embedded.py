@@ -277,7 +277,7 @@ def airflow_services(settings: Settings, use_cases: list[str]) -> list[Service]:
             env,
             ready=lambda: airflow.part_is_healthy(settings, health),
             needs=needs,
-            after=(lambda: airflow.create_training_pool(settings)) if name == "airflow-api" else None,
+            after=(lambda: airflow.create_pools(settings)) if name == "airflow-api" else None,
             cwd=settings.home,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from features.usecase import UseCase
 from pipelines.broker import Broker
+from services.cuts import Cuts
 from services.predict_client import PredictClient
 from services.progress import iso
 from services.replay_log import ReplayLog, log_path, read_log
@@ -29,7 +30,7 @@ class RetrainWait:
     def __init__(self, settings: Settings, use_case: UseCase, broker: Broker, from_ms: int) -> None:
         self.settings, self.use_case, self.from_ms = settings, use_case, from_ms
         self.every_ms = use_case.retrain_every // timedelta(milliseconds=1)
-        self.cuts, self.models = Newest(broker, use_case.topic("cuts")), Newest(broker, use_case.topic("models"))
+        self.cuts, self.models = Cuts(broker, use_case), Newest(broker, use_case.topic("models"))
         self.client = PredictClient(settings.predictor_url)
         path = log_path(settings, use_case.name)
         self.known = {e["cut"] for e in read_log(path) if e["kind"] == "retrain"}
@@ -39,8 +40,8 @@ class RetrainWait:
         """`marked`: wall clock when the clock record of `tick` was out."""
         if tick % self.every_ms or tick <= self.from_ms:
             return
-        wait_until(lambda: self._cut()["cut"] >= tick, lambda: self._no_cut(tick), DEADLINE_S, POLL_S)
-        if not self._state().get("versions") and self._cut()["total"] < self.use_case.min_examples:
+        wait_until(lambda: self.cuts.newest()[0] >= tick, lambda: self._no_cut(tick), DEADLINE_S, POLL_S)
+        if not self._state().get("versions") and self.cuts.newest()[1] < self.use_case.min_examples:
             return
         wait_until(lambda: bool(self._decision(tick)), lambda: self._lacking(tick), DEADLINE_S, POLL_S)
         wait_until(self._serves, self._not_served, DEADLINE_S, POLL_S)
@@ -53,16 +54,14 @@ class RetrainWait:
         for part in (self.cuts, self.models, self.client, self.log):
             part.close()
 
-    def _cut(self) -> dict[str, Any]:
-        return self.cuts.read().get(b"cut") or {"cut": 0, "total": 0}
-
     def _state(self) -> dict[str, Any]:
         return self.models.read().get(b"state") or {}
 
     def _decision(self, cut: int) -> dict[str, Any]:
-        """What control decided on the version of this cut; empty before."""
+        """What control decided first on the newest version of this cut; empty before. Partitions that announce a cut
+        apart wake several runs, which may ask again."""
         made = [d for d in self._state().get("decisions", []) if d.get("cut") == cut]
-        return made[-1] if made else {}
+        return next((d for d in made if d["version"] == made[-1]["version"]), {})
 
     def _serves(self) -> bool:
         state, ready = self._state(), self.client.get("/readyz") or {}

@@ -9,8 +9,10 @@ from typing import Any
 
 from features.errors import ConfigError, PenstockError
 from features.usecase import UseCase, load
+from pipelines.checkpoint import watermark_of
 from pipelines.runner import CommitPolicy, Runner
 from services import rollout, wiring
+from services.progress import iso
 from services.settings import Settings
 
 STEPS = ("featurizer", "joiner", "scorer", "learner", "control", "drift")
@@ -24,6 +26,14 @@ def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = Fals
     use_case = load(use_case_name)
     runners = [_runner(settings, use_case, name) for name in names]
     _work(runners, once)
+    if once:
+        print("; ".join(map(_reached, runners)))
+
+
+def _reached(runner: Runner) -> str:
+    """How far a step has committed, in words."""
+    mark = watermark_of(runner.broker, runner.group, runner.use_case.partitions)
+    return f"{runner.group} is at {'the start' if mark is None else iso(mark)}"
 
 
 def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:

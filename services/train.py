@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -23,6 +22,7 @@ from pipelines.job import Champion, Job
 from pipelines.registry import Registry, Version
 from pipelines.retrain import make_job
 from services import wiring
+from services.cuts import Cuts
 from services.progress import iso
 from services.ranks import run_ranks
 from services.settings import ROOT, Settings
@@ -66,9 +66,10 @@ def train(
     use_case, broker, registry = load(name), wiring.broker(settings), wiring.registry(settings)
     home = settings.home / "train"
     with alone(home, name, "training"):
-        cut, total = newest_cut(broker, use_case)
+        with contextlib.closing(Cuts(broker, use_case)) as cuts:
+            announced, total = cuts.newest()
         versions = registry.versions(name)
-        cut = max([cut or 0, *(int(v.tags.get("cut") or 0) for v in versions)])
+        cut = max([announced, *(int(v.tags.get("cut") or 0) for v in versions)])
         if unannounced or newest_drift(broker, use_case) > cut:
             cut = max(cut, closed_until(broker, use_case))
         if not cut:
@@ -91,19 +92,9 @@ def train(
         job = _job(settings, use_case, broker, champion, cut, folder, tuned)
         result = run_job(job, folder, ranks, timeline)
         made = _register(registry, use_case, job, result)
-        shutil.rmtree(folder)
+        for done in home.glob(f"{name}-*"):  # this one, and what earlier ones that failed have left
+            shutil.rmtree(done)
     return made
-
-
-def newest_cut(broker: Broker, use_case: UseCase) -> tuple[int | None, int]:
-    """The newest cut that every partition has announced, and how many examples there are before it."""
-    totals: dict[int, dict[int, int]] = defaultdict(dict)
-    for record in read_all(broker, use_case.topic("cuts")):
-        if record.value is not None:
-            value = json.loads(record.value)
-            totals[int(value["cut"])][record.partition] = int(value["total"])
-    announced = [cut for cut, partitions in totals.items() if len(partitions) == use_case.partitions]
-    return (max(announced), sum(totals[max(announced)].values())) if announced else (None, 0)
 
 
 def newest_drift(broker: Broker, use_case: UseCase) -> int:

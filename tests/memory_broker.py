@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from features.errors import FencedError, InputError, UnavailableError
+from features.errors import FencedError, InputError, StateError, UnavailableError
 from pipelines.broker import Consumer, Message, Position, Producer, Record, TopicPartition
 
 RebalanceCallback = Callable[[set[TopicPartition]], None]
@@ -115,6 +115,12 @@ class MemoryBroker:
 
     def members(self, group: str) -> int:
         return len(self.groups[group].members) if group in self.groups else 0
+
+    def forget(self, group: str) -> None:
+        with self.changed:
+            if self.members(group):
+                raise StateError(f"the positions of {group} can't be removed: it has members")
+            self.groups.pop(group, None)
 
     def append(self, partition: TopicPartition, entry: _Entry) -> None:
         with self.changed:

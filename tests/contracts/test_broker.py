@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from features.errors import FencedError, InputError, UnavailableError
+from features.errors import FencedError, InputError, StateError, UnavailableError
 from pipelines.broker import (
     Broker,
     Consumer,
@@ -406,12 +406,18 @@ def test_a_group_goes_on_where_its_predecessor_committed(broker: Broker, topic: 
     producer = broker.producer(transactional_id=f"{topic}.writer")
     producer.commit({(topic, 0): Position(3, "s")}, first)
     until(lambda: broker.members(group) == 1, "one member")
+    with pytest.raises(StateError, match="can't be removed"):
+        broker.forget(group)
     first.close()
     until(lambda: broker.members(group) == 0, "no members")
     second = broker.consumer([topic], group=group)
     assert [r.offset for r in read(second, 2)] == [3, 4]
     second.close()
     producer.close()
+    until(lambda: broker.members(group) == 0, "no members")
+    for _ in range(2):
+        broker.forget(group)
+        assert broker.committed(group) == {}
 
 
 class Member:

@@ -31,6 +31,7 @@ from services.served import read_examples, read_predictions
 from services.settings import ROOT, Settings
 from services.source import source_of
 from services.topic_reader import read_all
+from tests.airflow_api import Airflow
 from tests.conftest import free_ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
@@ -153,6 +154,35 @@ def test_what_was_served_passes_the_audit(loop: tuple[Settings, Killer]) -> None
     checks = {c["check"]: c for c in audit.audit(settings, use_case, sample=100)}
     failed = [c for c in checks.values() if not c["ok"] and "permuted" not in c["check"]]  # too few labels for +-.02
     assert not failed
+
+
+def serving(settings: Settings) -> tuple[Any, ...]:
+    """What there is to serve, and what serves."""
+    versions = [(v.version, dict(v.tags)) for v in wiring.registry(settings).versions("flights")]
+    return versions, rollout.status(settings, "flights"), httpx.get(f"{settings.predictor_url}/readyz").json()
+
+
+def test_every_dag_runs_and_a_run_that_is_cleared_changes_nothing(loop: tuple[Settings, Killer]) -> None:
+    settings, _ = loop
+    airflow, before = Airflow(settings), serving(settings)
+    airflow.unpause("flights_features")
+    forms: dict[str, dict[str, str]] = {"features": {}, "housekeeping": {}, "backfill": {"view": "dep_origin"}}
+    runs = {f"flights_{dag}": airflow.start(f"flights_{dag}", **form) for dag, form in forms.items()}
+    ends = {dag: airflow.ended(dag, run) for dag, run in runs.items()}
+    assert {state for end in ends.values() for state in end.values()} == {"success"}
+    said = airflow.log("flights_features", runs["flights_features"], "catch_up")
+    assert "another instance owns this group" in said and "flights.joiner is at 2013-01-1" in said
+    pools = {pool["name"]: pool["slots"] for pool in airflow.get("/pools")["pools"]}
+    assert pools.items() >= {"training": 1, "upkeep": 3}.items()
+    trained = [run for run in airflow.runs("flights_retrain") if airflow.log("flights_retrain", run, "train")]
+    again = {**runs, "flights_retrain": trained[0]}
+    for dag, run in again.items():
+        airflow.clear(dag, run)
+    for dag, run in again.items():
+        assert set(airflow.ended(dag, run).values()) <= {"success", "skipped"}, dag
+    assert "no new cut" in airflow.log("flights_retrain", trained[0], "train")
+    assert serving(settings) == before
+    assert airflow.refused("flights_backfill", view="dep_origin; touch owned")
 
 
 def test_bad_events_are_on_the_rejected_topic(loop: tuple[Settings, Killer]) -> None:

@@ -16,10 +16,13 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from feast.aggregation import Aggregation
 from typer.testing import CliRunner
 
 from features.errors import InputError
 from features.vectors import empty_row
+from features.views import stream_view
+from pipelines.backfill import Backfill
 from pipelines.broker import Message, clock_message
 from pipelines.checkpoint import read_snapshot
 from pipelines.featurizer import Featurizer
@@ -93,6 +96,10 @@ class House:
         return sum(pq.read_metadata(p).num_rows for p in Path(self.settings.state_url).rglob("*.parquet"))
 
     @property
+    def backfills(self) -> list[str]:
+        return [p.name for p in Path(self.settings.state_url, "toy").glob("backfill-*")]
+
+    @property
     def files(self) -> int:
         return len(list(Path(self.settings.state_url).rglob("*.parquet")))
 
@@ -146,6 +153,23 @@ def test_retention_answers_as_before_from_its_instant_on_and_refuses_older_quest
         house.history()
     house.keep(later=3700, offline_keep_days=1)
     assert house.rows < 2 / 3 * rows
+
+
+def test_a_backfill_goes_once_the_featurizer_serves_its_view(house: House) -> None:
+    house.run(10)
+    longer = [Aggregation("price", "count", timedelta(hours=2), timedelta(minutes=15), "all_count")]
+    changed = replace(use_case, views=(stream_view("all_orders", [], toy.contracts[0], "toy", longer), shop_item))
+    for case in (use_case, changed):
+        step = Backfill(case, "all_orders")
+        Runner(house.broker, case, lambda _, step=step: step, house.settings.state_url).run(
+            threading.Event(), once=True
+        )
+    history = house.history()
+    assert len(house.backfills) == 2
+    assert (house.keep().backfills, house.keep().backfills) == (1, 0)
+    assert house.backfills == [step.name], "what is still to be adopted stays"
+    assert house.broker.committed(f"toy.{step.name}")
+    pd.testing.assert_frame_equal(house.history(), history)
 
 
 def test_a_snapshot_removed_between_asking_and_reading_is_asked_for_again(
