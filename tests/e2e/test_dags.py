@@ -262,7 +262,7 @@ def look(settings: Settings) -> dict[str, float]:
             held[f"sockets {name}"] = sum(sockets for _, sockets in found)
     for folder in settings.home.iterdir():
         files = [f for f in ([folder] if folder.is_file() else folder.rglob("*")) if f.is_file()]
-        held[f"disk MB {folder.name}"] = sum(f.stat().st_size for f in files if f.exists()) / 1e6
+        held[f"disk MB {folder.name}"] = sum(f.stat().st_blocks * 512 for f in files if f.exists()) / 1e6
     dsn = settings.postgres.replace("+psycopg", "", 1)
     with psycopg.connect(f"{dsn}/postgres") as connection:
         rows = connection.execute(
