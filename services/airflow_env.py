@@ -1,18 +1,21 @@
-"""Airflow's settings in the embedded stack, and the one thing that must be set up in it: the training pool."""
+"""Airflow's settings, and how it is set up.
+
+`python -m services.airflow_env scheduler ...` is `airflow scheduler ...` with these settings, but what the environment
+says stays; `python -m services.airflow_env health scheduler` fails while that is ill.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from services.settings import ROOT, Settings
 
-TRAINING_POOL = "training"
+SET_UP = (("db", "migrate"), ("pools", "set", "training", "1", "one training at a time"))
 TIMEOUT_S = 5.0
 
 
@@ -79,30 +82,10 @@ def write_passwords(settings: Settings) -> None:
 
 def part_is_healthy(settings: Settings, part: str) -> bool:
     """Whether Airflow's API says that `part` (scheduler, triggerer, dag_processor, metadatabase) is healthy."""
-    reply: Any = _call(f"{settings.airflow_url}/api/v2/monitor/health")
-    return bool((reply.get(part) or {}).get("status") == "healthy")
-
-
-def create_training_pool(settings: Settings) -> None:
-    """A pool of one slot: trainings run one after the other."""
-    login = {"username": "admin", "password": settings.secrets["airflow_password"]}
-    token = _call(f"{settings.airflow_url}/auth/token", login)["access_token"]
-    pool = {"name": TRAINING_POOL, "slots": 1, "description": "one training at a time", "include_deferred": False}
-    try:
-        _call(f"{settings.airflow_url}/api/v2/pools", pool, {"Authorization": f"Bearer {token}"})
-    except urllib.error.HTTPError as error:
-        if error.code != 409:  # it is there already
-            raise
-
-
-def _call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
-    data = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
-    with _direct.open(request, timeout=TIMEOUT_S) as reply:
-        return json.load(reply)
-
-
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # what is near never goes through a proxy
+    with direct.open(f"{settings.airflow_url}/api/v2/monitor/health", timeout=TIMEOUT_S) as reply:
+        said: Any = json.load(reply)
+    return bool((said.get(part) or {}).get("status") == "healthy")
 
 
 def child_env(settings: Settings) -> dict[str, str]:
@@ -124,3 +107,9 @@ def child_env(settings: Settings) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "health":
+        sys.exit(not part_is_healthy(Settings.load(), sys.argv[2]))
+    os.execvpe("airflow", ["airflow", *sys.argv[1:]], {**airflow_env(Settings.load()), **os.environ})
