@@ -17,7 +17,7 @@ COPY . .
 # processor: for that the caches are the user's.
 RUN --mount=type=cache,target=/root/.cache/penstock touch -d @0 features/*.py pipelines/*.py \
  && python3 -m services.setup.install project kernels && chown -R penstock features/__pycache__ pipelines/__pycache__
-ENV PATH=/penstock/.venv/bin:$PATH PENSTOCK_HOME=/var/lib/penstock PYTHONUNBUFFERED=1 \
+ENV PATH=/penstock/.venv/bin:$PATH HOME=/var/lib/penstock PENSTOCK_HOME=/var/lib/penstock PYTHONUNBUFFERED=1 \
     MPLCONFIGDIR=/tmp/matplotlib MLFLOW_DISABLE_TELEMETRY=true FEAST_USAGE=False DO_NOT_TRACK=1 ORT_DISABLE_TELEMETRY=1
 USER penstock
 CMD ["penstock", "--help"]
