@@ -5,7 +5,7 @@ export PYTHONPATH :=
 export ORT_DISABLE_TELEMETRY := 1
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 
-.PHONY: setup lock demo test soak clean
+.PHONY: setup lock demo test test-stack soak secrets clean
 
 setup: ## the environment, Kafka's jars and Horovod
 	@python3 -m services.setup.install
@@ -23,10 +23,16 @@ test: setup ## style, types, and every test but the soak
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -m "not soak" $(ARGS)
+	@$(BIN)/pytest -q -m "not soak and not stack" $(ARGS)
+
+test-stack: setup ## the containers, on the engine of DOCKER_HOST or the one that the script PENSTOCK_TEST_ENGINE starts
+	@$(BIN)/pytest -q -s -m stack $(ARGS)
 
 soak: setup ## the long fault runs
 	@$(BIN)/pytest -q -m soak $(ARGS)
+
+secrets: ## .env, for docker compose; one that is there stays
+	@test -e .env || python3 -m services.settings
 
 clean: ## stop the embedded stack and remove its state; caches and .venv stay
 	@if [ -x $(PENSTOCK) ]; then $(PENSTOCK) down; fi

@@ -1,11 +1,14 @@
-"""Airflow's settings in the embedded stack, and the one thing that must be set up in it: the pools."""
+"""Airflow's settings, and how it is set up.
+
+`python -m services.airflow_env scheduler ...` is `airflow scheduler ...` with these settings, but what the environment
+says stays; `python -m services.airflow_env health scheduler` fails while that is ill.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ POOLS = {  # name: slots, what for; what runs at most at once, so that a machine
     "training": (1, "one training at a time"),
     "upkeep": (3, "all else; a backfill or a search takes two slots, so that one is left for what is short"),
 }
+SET_UP = (("db", "migrate"), *(("pools", "set", name, str(n), what) for name, (n, what) in POOLS.items()))
 TIMEOUT_S = 5.0
 
 
@@ -82,31 +86,10 @@ def write_passwords(settings: Settings) -> None:
 
 def part_is_healthy(settings: Settings, part: str) -> bool:
     """Whether Airflow's API says that `part` (scheduler, triggerer, dag_processor, metadatabase) is healthy."""
-    reply: Any = _call(f"{settings.airflow_url}/api/v2/monitor/health")
-    return bool((reply.get(part) or {}).get("status") == "healthy")
-
-
-def create_pools(settings: Settings) -> None:
-    """The pools that the DAGs name; one that is there keeps its slots."""
-    login = {"username": "admin", "password": settings.secrets["airflow_password"]}
-    token = _call(f"{settings.airflow_url}/auth/token", login)["access_token"]
-    for name, (slots, what) in POOLS.items():
-        pool = {"name": name, "slots": slots, "description": what, "include_deferred": False}
-        try:
-            _call(f"{settings.airflow_url}/api/v2/pools", pool, {"Authorization": f"Bearer {token}"})
-        except urllib.error.HTTPError as error:
-            if error.code != 409:  # it is there already
-                raise
-
-
-def _call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
-    data = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
-    with _direct.open(request, timeout=TIMEOUT_S) as reply:
-        return json.load(reply)
-
-
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # what is near never goes through a proxy
+    with direct.open(f"{settings.airflow_url}/api/v2/monitor/health", timeout=TIMEOUT_S) as reply:
+        said: Any = json.load(reply)
+    return bool((said.get(part) or {}).get("status") == "healthy")
 
 
 def child_env(settings: Settings) -> dict[str, str]:
@@ -128,3 +111,9 @@ def child_env(settings: Settings) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "health":
+        sys.exit(not part_is_healthy(Settings.load(), sys.argv[2]))
+    os.execvpe("airflow", ["airflow", *sys.argv[1:]], {**airflow_env(Settings.load()), **os.environ})

@@ -255,13 +255,14 @@ def register(
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack up.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the state of an earlier demo first.")] = False,
+    attach: Annotated[bool, typer.Option("--attach", help="Replay into the stack that the settings name.")] = False,
     tick: Annotated[timedelta, typer.Option(parser=parse_duration, metavar="DURATION")] = "15m",  # type: ignore[assignment]
     as_json: Json = False,
 ) -> None:
     """The whole loop on real flights, 1 January to 15 February 2013, ending with a report."""
     from services.demo import demo
 
-    sys.exit(demo(Settings.load(), keep=keep, fresh=fresh, tick=tick, as_json=as_json))
+    sys.exit(demo(Settings.load(), keep=keep, fresh=fresh, attach=attach, tick=tick, as_json=as_json))
 
 
 @app.command()

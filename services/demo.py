@@ -31,6 +31,7 @@ def demo(
     *,
     keep: bool = False,
     fresh: bool = False,
+    attach: bool = False,
     from_: datetime = FROM,
     until: datetime = UNTIL,
     tick: timedelta = TICK,
@@ -42,6 +43,7 @@ def demo(
 
     keep : leave the stack up
     fresh : delete the state of an earlier demo first
+    attach : start none, replay into the stack that the settings name
     """
     run = {"from": to_ms(from_), "until": to_ms(until), "tick": to_ms(datetime.fromtimestamp(0, UTC) + tick)}
     with contextlib.redirect_stdout(sys.stderr):
@@ -52,7 +54,8 @@ def demo(
             print(f"the replay in {settings.home} is complete: reporting it again (a new one: --fresh)")
         if found is None or keep:
             os.environ["PENSTOCK_ALLOW_EVENT_TIME"] = "true"  # the stack's processes inherit it
-            with stack.running(settings, (USE_CASE,), keep=keep) as ready:
+            own = contextlib.nullcontext(settings) if attach else stack.running(settings, (USE_CASE,), keep=keep)
+            with own as ready:
                 found = found or _run(ready, run, from_, until, tick)
         paths = report.write(found, settings.home)
     if as_json:
@@ -60,7 +63,8 @@ def demo(
     else:
         print(report.as_text(found))
         print("\n" + "\n".join(str(path) for path in paths))
-        print("the stack stays up: `penstock down` stops it" if keep else "`make demo` with --keep leaves the stack up")
+        if not attach:
+            print("the stack stays up: `penstock down` stops it" if keep else "`make demo` with --keep leaves it up")
     return 0 if all(check["ok"] for check in found["checks"]) else 1
 
 

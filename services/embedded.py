@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -42,7 +43,8 @@ def services(settings: Settings, use_cases: list[str]) -> list[Service]:
 def kafka(settings: Settings) -> Service:
     """Apache Kafka, broker and controller in one JVM."""
     home, port, controller = settings.home / "kafka", settings.port("kafka"), settings.port("kafka_controller")
-    properties = KAFKA_PROPERTIES.format(port=port, controller=controller, data=home / "data")
+    place = KAFKA_PLACE.format(port=port, controller=controller, data=home / "data")
+    properties = (ROOT / "services/kafka.properties").read_text() + place
     file = home / "server.properties"
     java = ["java", *JVM, "-cp", f"{kafka_jars()}/*"]
 
@@ -64,7 +66,7 @@ def kafka(settings: Settings) -> Service:
     )
 
 
-KAFKA_PROPERTIES = """\
+KAFKA_PLACE = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
@@ -72,25 +74,6 @@ listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port}
 controller.listener.names=CONTROLLER
 log.dirs={data}
-num.partitions=1
-auto.create.topics.enable=false
-log.retention.ms=-1
-log.message.timestamp.type=CreateTime
-offsets.retention.minutes=2147483647
-offsets.topic.replication.factor=1
-offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-transaction.state.log.num.partitions=4
-transaction.abort.timed.out.transaction.cleanup.interval.ms=1000
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
-share.coordinator.state.topic.num.partitions=1
-group.initial.rebalance.delay.ms=0
-group.coordinator.append.linger.ms=0
-num.network.threads=2
-num.io.threads=4
-log.cleaner.dedupe.buffer.size=16777216
 """
 
 
@@ -267,7 +250,7 @@ def answers(url: str) -> bool:
 
 
 def airflow_services(settings: Settings, use_cases: list[str]) -> list[Service]:
-    """The database's migration, the API server, scheduler, DAG processor and triggerer; DAGs of these use cases."""
+    """The set-up of its database, the API server, scheduler, DAG processor and triggerer; DAGs of these use cases."""
     env = {**airflow.child_env(settings), **airflow.airflow_env(settings), "PENSTOCK_USE_CASES": ",".join(use_cases)}
 
     def part(name: str, *command: str, needs: tuple[str, ...], health: str) -> Service:
@@ -277,7 +260,6 @@ def airflow_services(settings: Settings, use_cases: list[str]) -> list[Service]:
             env,
             ready=lambda: airflow.part_is_healthy(settings, health),
             needs=needs,
-            after=(lambda: airflow.create_pools(settings)) if name == "airflow-api" else None,
             cwd=settings.home,
         )
 
@@ -285,7 +267,7 @@ def airflow_services(settings: Settings, use_cases: list[str]) -> list[Service]:
     return [
         _once_per(
             "airflow-database",
-            [*_tool("airflow"), "db", "migrate"],
+            ["sh", "-c", " && ".join(shlex.join([*_tool("airflow"), *words]) for words in airflow.SET_UP)],
             env,
             stamp=migrated,
             version=_digest([ROOT / "requirements.lock"]),

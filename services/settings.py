@@ -84,7 +84,7 @@ class Settings:
         return replace(settings, home=settings.home.expanduser().absolute())._derived()
 
     def _derived(self) -> Settings:
-        port, secret = self.port, self.secrets if self._secrets_file.exists() else {}
+        port, secret = self.port, self.secrets
         pg, rd = secret.get("postgres_password", ""), secret.get("redis_password", "")
         return replace(
             self,
@@ -111,24 +111,37 @@ class Settings:
 
     @property
     def secrets(self) -> dict[str, str]:
-        """The embedded stack's passwords and keys; made by `make_secrets`."""
-        return dict(json.loads(self._secrets_file.read_text()))
+        """The stack's passwords and keys: PENSTOCK_<NAME> of the environment, else what `make_secrets` made."""
+        made = dict(json.loads(self._secrets_file.read_text())) if self._secrets_file.exists() else {}
+        given = {name: os.environ.get(f"PENSTOCK_{name.upper()}") for name in SECRETS}
+        return made | {name: value for name, value in given.items() if value}
 
     def make_secrets(self) -> Settings:
         """Generate what is missing, readable by the owner alone; returns the settings that use it."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        have = self.secrets if self._secrets_file.exists() else {}
+        have = self.secrets
         made = {name: have.get(name) or secrets.token_urlsafe(32) for name in SECRETS}
         if made != have:
-            temporary = self._secrets_file.with_suffix(".new")
-            temporary.unlink(missing_ok=True)
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                json.dump(made, file, indent=1)
-            temporary.rename(self._secrets_file)
+            self.home.mkdir(parents=True, exist_ok=True)
+            _write_private(self._secrets_file, json.dumps(made, indent=1))
         return Settings.load()
 
 
 PORTS = ("kafka", "kafka_controller", "postgres", "redis", "mlflow", "airflow", "predictor", "airflow_log")
+
+
+def write_env(file: Path) -> None:
+    """The secrets that docker-compose.yml reads from `.env`: the embedded stack's, and the predictor's token."""
+    made = Settings.load().make_secrets().secrets | {"predictor_token": secrets.token_urlsafe(32)}
+    _write_private(file, "".join(f"PENSTOCK_{name.upper()}={value}\n" for name, value in made.items()))
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, that its owner alone can read."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    temporary.rename(path)
 
 
 def _convert(name: str, default: Any, value: Any) -> Any:
@@ -141,3 +154,7 @@ def _convert(name: str, default: Any, value: Any) -> Any:
         return kind(value)
     except (KeyError, ValueError, TypeError):
         raise ConfigError(f"setting {name}: expected {kind.__name__}, got {value!r}") from None
+
+
+if __name__ == "__main__":  # needs nothing but Python: a machine with containers has no environment of ours
+    write_env(ROOT / ".env")

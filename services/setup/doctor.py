@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,19 +40,17 @@ class Finding:
     apt: str = ""
 
 
-def prerequisites(building: bool = True) -> list[Finding]:
-    """What must be there before set-up; without `building` only what running needs."""
-    if not building:
+def prerequisites(parts: Collection[str] = ("environment", "kafka", "horovod")) -> list[Finding]:
+    """What must be there before these parts of set-up; without any, what running needs."""
+    if not parts:
         return [java()]
-    return [
-        python(),
-        java(),
-        tool("Maven", "mvn", "maven"),
-        tool("C++ compiler", os.environ.get("CXX", "g++"), "g++"),
-        tool("make", "make", "make"),
-        tool("cmake", "cmake", "cmake"),
-        disk(),
-    ]
+    found = [python(), disk()] if "environment" in parts else []
+    if "kafka" in parts:
+        found += [java(), tool("Maven", "mvn", "maven")]
+    if "horovod" in parts:
+        compiler = tool("C++ compiler", os.environ.get("CXX", "g++"), "g++")
+        found += [compiler, tool("make", "make", "make"), tool("cmake", "cmake", "cmake")]
+    return found
 
 
 def find_python() -> tuple[str, str, bool, bool] | None:

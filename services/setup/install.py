@@ -1,7 +1,7 @@
-"""`python3 -m services.setup.install`: environment, Kafka's jars, Horovod, this package. Standard library only.
+"""`python3 -m services.setup.install [PART...]`: Kafka's jars, environment, Horovod, this package, its machine code.
 
-Each part is skipped when it is there in the right version, so a second run takes a moment and an interrupted one
-goes on where it was. What is slow to make is kept under `${XDG_CACHE_HOME:-~/.cache}/penstock`.
+Standard library only. Each part is skipped when it is there in the right version, so a second run takes a moment and
+an interrupted one goes on where it was. What is slow to make is kept under `${XDG_CACHE_HOME:-~/.cache}/penstock`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from services.setup.doctor import ROOT, VENV
 
 HERE = Path(__file__).parent
 POM = HERE / "kafka-pom.xml"
+PARTS = ("kafka", "environment", "horovod", "project", "kernels")
 LOCK = ROOT / "requirements.lock"
 STAMP = VENV / "penstock.json"
 PYTHON = VENV / "bin/python"
@@ -45,11 +46,11 @@ class SetupError(Exception):
     """Set-up can't go on; the message is for the user."""
 
 
-def main() -> int:
-    """Set everything up; 0 when it all works."""
+def main(parts: Sequence[str] = PARTS) -> int:
+    """Set these parts up, in this order; 0 when it all works."""
     try:
         with _locked(ROOT):
-            _set_up()
+            _set_up(parts)
     except SetupError as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1
@@ -60,7 +61,7 @@ def main() -> int:
     return 0
 
 
-def _set_up() -> None:
+def _set_up(parts: Sequence[str]) -> None:
     stamp = _read_stamp()
     wanted = {
         "root": str(ROOT),
@@ -70,14 +71,18 @@ def _set_up() -> None:
         "kernels": _digest(*KERNELS),
     }
     complete = stamp == wanted and kafka_jars().exists() and PYTHON.exists()
-    _prerequisites(building=not complete)
+    _prerequisites(() if complete else parts)
     if complete:
         return
-    _jars()
-    _environment(stamp, wanted)
-    _horovod(stamp, wanted)
-    _project(stamp, wanted)
-    _kernels(stamp, wanted)
+    work = {
+        "kafka": lambda *_: _jars(),
+        "environment": _environment,
+        "horovod": _horovod,
+        "project": _project,
+        "kernels": _kernels,
+    }
+    for part in parts:
+        work[part](stamp, wanted)
 
 
 def cache() -> Path:
@@ -92,9 +97,9 @@ def kafka_jars() -> Path:
     return cache() / "kafka" / version[1]
 
 
-def _prerequisites(building: bool) -> None:
+def _prerequisites(parts: Sequence[str]) -> None:
     """Install what is missing where that is plain, else name all of it before any work starts."""
-    missing = [f for f in doctor.prerequisites(building) if not f.ok]
+    missing = [f for f in doctor.prerequisites(parts) if not f.ok]
     packages = sorted({p for f in missing for p in f.apt.split()})
     if packages and os.geteuid() == 0 and shutil.which("apt-get"):
         _say(f"installing {' '.join(packages)}")
@@ -103,7 +108,7 @@ def _prerequisites(building: bool) -> None:
         for command in ("apt-get -qq update", f"apt-get -qq install -y --no-install-recommends {' '.join(packages)}"):
             with log.open("ab") as out:
                 subprocess.run(command.split(), env=env, stdout=out, stderr=out, check=False)
-        missing = [f for f in doctor.prerequisites(building) if not f.ok]
+        missing = [f for f in doctor.prerequisites(parts) if not f.ok]
     if missing:
         raise SetupError(f"this machine lacks:\n{doctor.table(missing)}")
 
@@ -306,7 +311,8 @@ def _say(line: str) -> None:
 
 
 def _digest(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Of those that are there: an image's environment is made before the code is copied to it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
 def _read_stamp() -> dict[str, str]:
@@ -351,4 +357,4 @@ def _made(folder: Path) -> Iterator[Path | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:] or PARTS))

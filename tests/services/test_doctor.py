@@ -17,6 +17,7 @@ def test_every_missing_prerequisite_is_named_with_its_mend(tmp_path: Path, monke
     missing = {f.name: f for f in doctor.prerequisites() if not f.ok}
     assert {"Java 17+", "Maven", "C++ compiler", "make", "cmake"} <= set(missing)
     assert all(f.mend and f.mend in doctor.table(missing.values()) for f in missing.values())
+    assert not {"Java 17+", "Maven"} & {f.name for f in doctor.prerequisites(("environment", "horovod"))}  # an image's
 
 
 @pytest.mark.parametrize(

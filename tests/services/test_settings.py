@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from features.errors import ConfigError
-from services.settings import SECRETS, Settings
+from services.settings import SECRETS, Settings, write_env
 
 
 def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -46,3 +46,16 @@ def test_secrets_are_made_once_for_the_owner_alone(tmp_path: Path, monkeypatch: 
     assert len({made.secrets[name] for name in SECRETS}) == len(SECRETS)
     assert made.secrets["redis_password"] in made.redis
     assert made.make_secrets().secrets == made.secrets
+
+
+def test_containers_take_the_same_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_HOME", str(tmp_path / "home"))
+    write_env(tmp_path / ".env")
+    assert stat.S_IMODE(os.stat(tmp_path / ".env").st_mode) == 0o600
+    made = Settings.load().secrets
+    for line in (tmp_path / ".env").read_text().splitlines():
+        monkeypatch.setenv(*line.split("=", 1))
+    monkeypatch.setenv("PENSTOCK_HOME", str(tmp_path / "container"))
+    inside = Settings.load().make_secrets()
+    assert inside.secrets == made and inside.predictor_token
+    assert not (tmp_path / "container").exists()
