@@ -19,7 +19,7 @@ from pathlib import Path
 from features.errors import ConfigError, UnavailableError
 from services import airflow_env as airflow
 from services.processes import Service
-from services.settings import ROOT, Settings
+from services.settings import PORTS, ROOT, Settings
 from services.setup.install import kafka_jars
 
 PROBE_TIMEOUT_S = 2.0
@@ -337,7 +337,9 @@ def own_services(settings: Settings, use_case: str) -> list[Service]:
     cli = [sys.executable, "-m", "services.cli"]
 
     def own(name: str, *command: str, needs: tuple[str, ...], ready: Callable[[], bool]) -> Service:
-        return Service(f"{name}-{use_case}", [*cli, *command], env, ready, (topics, *needs), cwd=ROOT)
+        metrics = f"{name.split('+')[0]}_metrics"
+        more = {"PENSTOCK_METRICS_PORT": str(settings.port(metrics))} if metrics in PORTS else {}
+        return Service(f"{name}-{use_case}", [*cli, *command], env | more, ready, (topics, *needs), cwd=ROOT)
 
     return [
         Service(

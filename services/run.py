@@ -10,7 +10,7 @@ from typing import Any
 from features.errors import ConfigError, PenstockError
 from features.usecase import UseCase, load
 from pipelines.runner import CommitPolicy, Runner
-from services import rollout, wiring
+from services import metrics, rollout, wiring
 from services.settings import Settings
 
 STEPS = ("featurizer", "joiner", "scorer", "learner", "control", "drift")
@@ -22,11 +22,14 @@ def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = Fals
     if unknown := sorted(set(names) - set(STEPS)):
         raise ConfigError(f"no step {', '.join(unknown)}: choose from {', '.join(STEPS)}, several joined by +")
     use_case = load(use_case_name)
-    runners = [_runner(settings, use_case, name) for name in names]
+    counted = metrics.StepMetrics()
+    runners = [_runner(settings, use_case, name, counted) for name in names]
+    if settings.metrics_port:
+        metrics.serve(counted.registry, settings.metrics_host, settings.metrics_port)
     _work(runners, once)
 
 
-def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:
+def _runner(settings: Settings, use_case: UseCase, name: str, counted: metrics.StepMetrics) -> Runner:
     make_step, extras = _step(settings, use_case, name)
     return Runner(
         wiring.broker(settings),
@@ -35,6 +38,7 @@ def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:
         settings.state_url,
         policy=CommitPolicy.every(settings.commit_interval_s),
         idle_timeout=settings.idle_timeout_s,
+        on_measured=counted.count,
         **extras,
     )
 
