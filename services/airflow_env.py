@@ -85,14 +85,25 @@ def part_is_healthy(settings: Settings, part: str) -> bool:
 
 def create_training_pool(settings: Settings) -> None:
     """A pool of one slot: trainings run one after the other."""
-    login = {"username": "admin", "password": settings.secrets["airflow_password"]}
-    token = _call(f"{settings.airflow_url}/auth/token", login)["access_token"]
     pool = {"name": TRAINING_POOL, "slots": 1, "description": "one training at a time", "include_deferred": False}
     try:
-        _call(f"{settings.airflow_url}/api/v2/pools", pool, {"Authorization": f"Bearer {token}"})
+        _call(f"{settings.airflow_url}/api/v2/pools", pool, _authorization(settings))
     except urllib.error.HTTPError as error:
         if error.code != 409:  # it is there already
             raise
+
+
+def dag_runs(settings: Settings, use_case: str, most: int = 8) -> list[dict[str, Any]]:
+    """The newest runs of a use case's DAGs: {"dag", "state", "start", "end"}, times in RFC 3339 or None."""
+    url = f"{settings.airflow_url}/api/v2/dags/~/dagRuns?order_by=-run_after&limit=50"
+    runs = _call(url, headers=_authorization(settings))["dag_runs"]
+    ours = [run for run in runs if run["dag_id"].startswith(f"{use_case}_")][:most]
+    return [{"dag": r["dag_id"], "state": r["state"], "start": r["start_date"], "end": r["end_date"]} for r in ours]
+
+
+def _authorization(settings: Settings) -> dict[str, str]:
+    login = {"username": "admin", "password": settings.secrets["airflow_password"]}
+    return {"Authorization": f"Bearer {_call(f'{settings.airflow_url}/auth/token', login)['access_token']}"}
 
 
 def _call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:

@@ -227,9 +227,9 @@ def redis(settings: Settings) -> Service:
     )
 
 
-def redis_answers(port: int, password: str) -> bool:
+def redis_answers(port: int, password: str, host: str = "127.0.0.1") -> bool:
     """PING; a server that still loads its file says LOADING instead of PONG."""
-    with socket.create_connection(("127.0.0.1", port), PROBE_TIMEOUT_S) as connection:
+    with socket.create_connection((host, port), PROBE_TIMEOUT_S) as connection:
         connection.settimeout(PROBE_TIMEOUT_S)
         connection.sendall(f"AUTH {password}\r\nPING\r\nQUIT\r\n".encode())
         reply = b""

@@ -26,6 +26,10 @@ def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = Fals
     runners = [_runner(settings, use_case, name, counted) for name in names]
     if settings.metrics_port:
         metrics.serve(counted.registry, settings.metrics_host, settings.metrics_port)
+    if "control" in names and not once:
+        from services import dashboard
+
+        dashboard.start(settings, use_case.name, counted)
     _work(runners, once)
 
 
