@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,6 +20,7 @@ from pipelines.joiner import Joiner
 from pipelines.memory_store import MemoryStore
 from pipelines.runner import CommitPolicy, Runner
 from services import metrics
+from services.settings import ROOT
 from services.topics import create_topics
 from tests.memory_broker import MemoryBroker
 from tests.toy import use_case
@@ -75,3 +80,21 @@ def test_a_step_counts_once_per_commit_what_came_in_went_out_and_was_refused(tmp
     assert seen["penstock_step_held", "joiner", "predictions"] == 1
     assert seen["penstock_step_commit_seconds_count", "joiner"] == seen["penstock_step_batch_records_count", "joiner"]
     assert seen["penstock_step_snapshot_bytes", "joiner"] > 0
+
+
+RULES = yaml.safe_load((ROOT / "services/prometheus/alerts.yml").read_text())["groups"][0]["rules"]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_an_alert_asks_for_metrics_and_labels_that_there_are(rule: dict[str, Any]) -> None:
+    made = (metrics.StepMetrics(), metrics.MonitorMetrics(), metrics.PredictMetrics())
+    there = {n: metric for m in made for metric, names in m.registry._collector_to_names.items() for n in names}
+    asked = re.findall(r"(penstock_\w+)(?:\{([^}]*)\})?", rule["expr"])
+    assert asked
+    for name, matchers in asked:
+        assert name in there
+        assert set(re.findall(r"(\w+)[=!]", matchers)) <= set(there[name]._labelnames)
+    told = rule["annotations"]["summary"] + rule["annotations"]["runbook_url"]
+    assert rule["annotations"]["runbook_url"] == f"OPERATIONS.md#{rule['alert'].lower()}"
+    assert set(re.findall(r"\$labels\.(\w+)", told)) <= set(there[asked[0][0]]._labelnames)
+    assert rule["labels"]["severity"] in ("critical", "warning") and rule["for"]
