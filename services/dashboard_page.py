@@ -20,6 +20,8 @@ MORE_STYLE = """
 .broken, #silent { border-color: var(--bad) }
 .broken ul { margin: 0; padding-left: 1.1rem }
 .broken b, #silent { color: var(--bad) }
+.charts + .scroll { margin-top: 1rem }
+#now .tile b { font-size: 1.05rem }
 summary { cursor: pointer; margin: .5rem 0 }
 td, th { overflow-wrap: anywhere }
 """

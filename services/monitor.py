@@ -22,6 +22,7 @@ from services.topic_reader import Fold
 
 WATCHED_S, UNWATCHED_S = 2.0, 15.0  # between two looks, with a page open and without
 WATCHERS_S = 10.0  # a page that hasn't asked for so long is closed
+RESTARTED_S = 15.0  # a restart is told for so long: the process may answer again at once, and end again
 STANDS_S = 15.0  # without a commit, beside records to read
 RATE_S = 30.0  # what a rate is the mean of
 READ_MOST = 5_000  # examples at a time
@@ -109,7 +110,7 @@ def _is_behind(name: str, step: Mapping[str, Any], steps: Mapping[str, Any]) -> 
 
 def _parts(status: Mapping[str, Any], now: float) -> list[Trouble]:
     """Services and what the steps lean on. What answers nothing because its process is down is named once."""
-    down = {n: s for n, s in status["services"].items() if s["state"] not in ("ready", "done")}
+    down = {n: s for n, s in status["services"].items() if _is_down(s, now)}
     found = [Trouble(n, f"{s['state']}, restarted {s['restarts']} times", s["since"]) for n, s in down.items()]
     silent = [part for part, there in status["reachable"].items() if not there]
     named = {n.split("-")[0] for n in down}
@@ -118,6 +119,11 @@ def _parts(status: Mapping[str, Any], now: float) -> list[Trouble]:
     if ready and not ready["ready"]:
         found.append(Trouble("predictor", f"not ready: {ready.get('problem') or 'it follows the serving state'}", now))
     return found
+
+
+def _is_down(service: Mapping[str, Any], now: float) -> bool:
+    restarted = service["restarts"] and now - service["since"] < RESTARTED_S
+    return bool(restarted) or service["state"] not in ("ready", "done")
 
 
 class Monitor:
