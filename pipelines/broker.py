@@ -16,6 +16,7 @@ import msgspec
 
 CLOCK_KEY = b"clock"
 CLOCK_HEADER = "clock"
+SENT_HEADER = "sent"  # wall clock of the sending, epoch ms, of records whose timestamp is simulated
 
 Headers = tuple[tuple[str, bytes], ...]
 TopicPartition = tuple[str, int]
@@ -63,6 +64,11 @@ def clock_of(record: Record) -> int | None:
     if record.key != CLOCK_KEY or record.value is not None:
         return None
     return next((int(value) for name, value in record.headers if name == CLOCK_HEADER and value.isdigit()), None)
+
+
+def sent_at(record: Record) -> int:
+    """When a record was sent, by the wall clock (epoch ms)."""
+    return next((int(v) for name, v in record.headers if name == SENT_HEADER and v.isdigit()), record.timestamp)
 
 
 def by_partition(records: Iterable[Record]) -> dict[TopicPartition, list[Record]]:

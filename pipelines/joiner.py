@@ -107,6 +107,11 @@ class Joiner:
             "cut": self.every,
         }
 
+    @property
+    def held(self) -> dict[str, int]:
+        """Predictions that wait for their label, labels that wait for their prediction."""
+        return {"predictions": len(self.pending), "labels": len(self.labels)}
+
     def process(self, events: Sequence[Event], watermark: int) -> Outputs:
         out = Outputs(rows={"examples": []})
         if not self.next_cut:

@@ -9,9 +9,7 @@ import msgspec
 
 from features.usecase import Row, UseCase
 from features.vectors import Vector
-from pipelines.broker import Message
-
-SENT_HEADER = "sent"
+from pipelines.broker import SENT_HEADER, Message
 
 
 def in_share(keys: Sequence[object], version: str, share: float) -> bool:

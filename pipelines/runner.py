@@ -34,6 +34,7 @@ from pipelines.broker import (
     TopicPartition,
     by_partition,
     clock_message,
+    sent_at,
 )
 from pipelines.checkpoint import (
     Checkpoints,
@@ -45,7 +46,7 @@ from pipelines.checkpoint import (
     told_positions,
 )
 from pipelines.intake import Refused
-from pipelines.step import Rows, Step
+from pipelines.step import Holds, Rows, Step
 from pipelines.task import Produced, Task, pack_call
 
 RAW_LIMIT, RAW_KEPT = 65_536, 4_096
@@ -104,6 +105,30 @@ class CommitPolicy:
         return cls(seconds)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a commit has brought, for whoever counts.
+
+    records, late : read since the last one; of these, counted although late
+    messages, rejected, rows : records sent by topic (its own name within the use case), refused by reason, rows written
+        by store
+    seconds, freshness_s : what the commit took; from a record sent to its rows online
+    snapshot_bytes, watermark (epoch ms), held : of the partition, after it
+    """
+
+    step: str
+    records: int
+    late: int
+    messages: Mapping[str, int]
+    rejected: Mapping[str, int]
+    rows: Mapping[str, int]
+    seconds: float
+    freshness_s: Sequence[float]
+    snapshot_bytes: int
+    watermark: int
+    held: Mapping[str, int]
+
+
 @dataclass
 class Owned:
     """A partition this instance owns: its task, and what has gathered since the last commit.
@@ -113,6 +138,9 @@ class Owned:
     eventful : whether more than time going on has gathered
     paused : topics that ran ahead of another one
     kept : the last commit's snapshot and positions; None before the first
+    late : events that counted although late, as of the last commit
+    sent, freshness_s, online_rows : when the oldest record was sent whose rows are not online (epoch ms); of the rows
+        written since the last commit, how long that took, and their number
     """
 
     task: Task
@@ -133,6 +161,10 @@ class Owned:
     confirmed: bool = True
     paused: set[TopicPartition] = field(default_factory=set)
     kept: tuple[str, dict[TopicPartition, Position]] | None = None
+    late: int = 0
+    sent: int | None = None
+    freshness_s: list[float] = field(default_factory=list)
+    online_rows: int = 0
 
     @property
     def waiting(self) -> int:
@@ -161,6 +193,7 @@ class Runner:
     state_url : root of snapshots and table files
     store : the online store, for steps with online rows
     on_commit : called with the messages of each commit, after it (a mirror of the state, say)
+    on_measured : called with what each commit has brought
     idle_timeout : seconds of silence after which a partition at its end holds nothing back
     adoption : knows of backfills of the views that are not served yet
     rejects : whether refused records go to `<uc>.rejected`; not those that another step refuses too
@@ -183,10 +216,12 @@ class Runner:
         adoption: Adopts | None = None,
         rejects: bool = True,
         recover: Callable[[], bytes] | None = None,
+        on_measured: Callable[[Measured], None] | None = None,
         whole: bool = False,
     ) -> None:
         self.broker, self.use_case, self.make_step, self.state_url = broker, use_case, make_step, state_url
         self.store, self.on_commit, self.policy, self.idle_timeout = store, on_commit, policy, idle_timeout
+        self.on_measured = on_measured
         self.adoption, self.rejects, self.whole, self.recover = adoption, rejects, whole, recover
         probe = make_step(0)
         self.name, self.inputs, self.outputs = probe.name, dict(probe.inputs), list(probe.outputs)
@@ -332,6 +367,8 @@ class Runner:
             return False
         owned.calls.append(None if self.whole else pack_call(records, idle, quiet_ms))
         owned.records += len(records)
+        if owned.sent is None:
+            owned.sent = next((sent_at(r) for r in records if r.value is not None), None)
         owned.size += sum(len(r.value or b"") for r in records)
         owned.eventful |= bool(records or produced.online or produced.messages or owned.waiting != waiting)
         owned.online += produced.online
@@ -347,6 +384,10 @@ class Runner:
         """At once when nothing is left to read; once per commit in a backlog, where a key changes many times."""
         if owned.online and self.store:
             self.store.write(owned.online[::-1])  # a store passes over the rows that a newer one precedes
+            owned.online_rows += sum(len(rows.times) for rows in owned.online)
+            if owned.sent is not None:
+                owned.freshness_s.append(time.time() - owned.sent / 1000)
+            owned.sent = None
         owned.online = []
 
     def _balance(self, owned: Owned, now: float) -> None:
@@ -381,8 +422,10 @@ class Runner:
         owned = self.owned[i]
         if not owned.calls and (owned.confirmed or self.whole or not self._is_patient(owned)):
             return
+        began = time.monotonic()
         if self.whole and not owned.produced.keep:
             self._pass_time(owned)
+            self._committed(owned, began)
             return
         checkpoints, produced = owned.checkpoints, owned.produced
         self._refill(i, owned)
@@ -410,7 +453,7 @@ class Runner:
         owned.kept = (name, positions)
         if self.on_commit and messages:
             self.on_commit(messages)
-        self._committed(owned)
+        self._committed(owned, began)
 
     def _refill(self, i: int, owned: Owned) -> None:
         """Write every row again when the online store has been emptied since an earlier commit."""
@@ -429,13 +472,34 @@ class Runner:
             name, positions = owned.kept
             metadata = str(Committed(name, owned.task.watermark))
             owned.producer.commit({tp: Position(p.offset, metadata) for tp, p in positions.items()}, self.consumer)
-        self._committed(owned)
 
-    def _committed(self, owned: Owned) -> None:
+    def _committed(self, owned: Owned, began: float) -> None:
+        if self.on_measured:
+            self.on_measured(self._measured(owned, began))
         owned.confirmed = not owned.calls
         owned.calls, owned.produced, owned.records, owned.size, owned.eventful = [], Produced(), 0, 0, False
         owned.committed = time.monotonic()
         self._report()
+
+    def _measured(self, owned: Owned, began: float) -> Measured:
+        produced, task, checkpoints = owned.produced, owned.task, owned.checkpoints
+        files = sum(table.num_rows for _, table in produced.closed)
+        late, owned.late = owned.late, task.intake.counts["counted_late"]
+        fresh, owned.freshness_s = owned.freshness_s, []
+        rows, owned.online_rows = {"online": owned.online_rows, "offline": files}, 0
+        return Measured(
+            self.name,
+            owned.records,
+            owned.late - late,
+            Counter(m.topic.removeprefix(f"{self.use_case.name}.") for m in produced.messages),
+            Counter(r.reason for r in produced.refused),
+            rows,
+            time.monotonic() - began,
+            fresh,
+            checkpoints.base_bytes + checkpoints.delta_bytes,
+            task.watermark,
+            task.step.held if isinstance(task.step, Holds) else {},
+        )
 
     def _rejected(self, refused: Refused) -> Message:
         record = refused.record
@@ -494,7 +558,7 @@ class Runner:
         self.consumer.resume(self._inputs(i))
         if self.ends is not None:
             self.ends |= self.consumer.end_offsets(self._inputs(i))
-        owned = Owned(task, checkpoints, producer, files)
+        owned = Owned(task, checkpoints, producer, files, late=task.intake.counts["counted_late"])
         self._leave_unserved(owned, unserved)
         owned.kept = (newest.snapshot, dict(committed)) if newest else None
         return owned

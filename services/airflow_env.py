@@ -86,10 +86,31 @@ def write_passwords(settings: Settings) -> None:
 
 def part_is_healthy(settings: Settings, part: str) -> bool:
     """Whether Airflow's API says that `part` (scheduler, triggerer, dag_processor, metadatabase) is healthy."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # what is near never goes through a proxy
-    with direct.open(f"{settings.airflow_url}/api/v2/monitor/health", timeout=TIMEOUT_S) as reply:
-        said: Any = json.load(reply)
-    return bool((said.get(part) or {}).get("status") == "healthy")
+    reply: Any = _call(f"{settings.airflow_url}/api/v2/monitor/health")
+    return bool((reply.get(part) or {}).get("status") == "healthy")
+
+
+def dag_runs(settings: Settings, use_case: str, most: int = 8) -> list[dict[str, Any]]:
+    """The newest runs of a use case's DAGs: {"dag", "state", "start", "end"}, times in RFC 3339 or None."""
+    url = f"{settings.airflow_url}/api/v2/dags/~/dagRuns?order_by=-run_after&limit=50"
+    runs = _call(url, headers=_authorization(settings))["dag_runs"]
+    ours = [run for run in runs if run["dag_id"].startswith(f"{use_case}_")][:most]
+    return [{"dag": r["dag_id"], "state": r["state"], "start": r["start_date"], "end": r["end_date"]} for r in ours]
+
+
+def _authorization(settings: Settings) -> dict[str, str]:
+    login = {"username": "admin", "password": settings.secrets["airflow_password"]}
+    return {"Authorization": f"Bearer {_call(f'{settings.airflow_url}/auth/token', login)['access_token']}"}
+
+
+def _call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
+    with _direct.open(request, timeout=TIMEOUT_S) as reply:
+        return json.load(reply)
+
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 
 def child_env(settings: Settings) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from features.errors import ConfigError, UnavailableError
 from services import airflow_env as airflow
 from services.processes import Service
-from services.settings import ROOT, Settings
+from services.settings import PORTS, ROOT, Settings
 from services.setup.install import kafka_jars
 
 PROBE_TIMEOUT_S = 2.0
@@ -210,9 +210,9 @@ def redis(settings: Settings) -> Service:
     )
 
 
-def redis_answers(port: int, password: str) -> bool:
+def redis_answers(port: int, password: str, host: str = "127.0.0.1") -> bool:
     """PING; a server that still loads its file says LOADING instead of PONG."""
-    with socket.create_connection(("127.0.0.1", port), PROBE_TIMEOUT_S) as connection:
+    with socket.create_connection((host, port), PROBE_TIMEOUT_S) as connection:
         connection.settimeout(PROBE_TIMEOUT_S)
         connection.sendall(f"AUTH {password}\r\nPING\r\nQUIT\r\n".encode())
         reply = b""
@@ -319,7 +319,9 @@ def own_services(settings: Settings, use_case: str) -> list[Service]:
     cli = [sys.executable, "-m", "services.cli"]
 
     def own(name: str, *command: str, needs: tuple[str, ...], ready: Callable[[], bool]) -> Service:
-        return Service(f"{name}-{use_case}", [*cli, *command], env, ready, (topics, *needs), cwd=ROOT)
+        metrics = f"{name.split('+')[0]}_metrics"
+        more = {"PENSTOCK_METRICS_PORT": str(settings.port(metrics))} if metrics in PORTS else {}
+        return Service(f"{name}-{use_case}", [*cli, *command], env | more, ready, (topics, *needs), cwd=ROOT)
 
     return [
         Service(

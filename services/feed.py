@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from features.usecase import UseCase
-from pipelines.broker import Broker, Message, TopicPartition, clock_message
+from pipelines.broker import SENT_HEADER, Broker, Message, TopicPartition, clock_message
 from services.source import Request, Source
 from services.topic_reader import Tail, tails
 
@@ -32,7 +32,7 @@ class Feed:
         """Events with time < until_ms that are not there yet; (event time, `sent`) of each, in epoch ms."""
         messages, sent = [], []
         now = round(time.time() * 1000)
-        headers = (("sent", str(now).encode()),)
+        headers = ((SENT_HEADER, str(now).encode()),)
         for event in self.source.events(self.position, until_ms):
             tp = (self.topics[event.event], self.use_case.partition(event.key.decode()))
             if not self._is_there(tp, event.time, event.value):

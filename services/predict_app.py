@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,7 +25,7 @@ from starlette.routing import Route
 from features.errors import UnavailableError
 from features.usecase import UseCase
 from services.batcher import Batcher
-from services.predict_metrics import PredictMetrics
+from services.metrics import MEDIA_TYPE, PredictMetrics, as_text
 from services.predict_openapi import DOCS, document
 from services.predict_protocols import Schema, mlflow_rows, schema_of, v2_reply, v2_rows
 from services.predict_request import MAX_BODY, Refused, Reply, RequestDecoder
@@ -67,7 +66,7 @@ def create_app(
     siblings : other processes on the same port
     """
     ready = readiness or (lambda: {"ready": True, "generation": None, "champion": slot.serving.champion.version})
-    metrics = PredictMetrics(lambda: spool.waiting_bytes, lambda: ready()["generation"])
+    metrics = PredictMetrics(lambda: spool.waiting_bytes, lambda: ready()["generation"], settings.spool_max_mb << 20)
     predictor = Predictor(use_case, store, spool, slot, settings, clock=clock, metrics=metrics, unserved=unserved)
     scoring = Scoring(use_case, predictor, metrics, settings)
     vectors = Vectors(use_case, predictor)
@@ -84,7 +83,7 @@ def create_app(
 
     async def show_metrics(request: Request) -> Response:
         registry: Any = await all_.metrics() if (all_ := others(request)) else metrics.registry
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(as_text(registry), media_type=MEDIA_TYPE)
 
     routes = [
         Route("/predict", scoring.endpoint(scoring.predict), methods=["POST"]),

@@ -19,7 +19,7 @@ from features.vectors import StoredRow, Vector, Vectorizer
 from pipelines.broker import Message
 from pipelines.prediction import in_share, prediction_message
 from services.batcher import Answers
-from services.predict_metrics import PredictMetrics
+from services.metrics import PredictMetrics
 from services.predict_request import Answered, Asked
 from services.serving_state import Model, ModelSlot, Serving
 from services.settings import Settings

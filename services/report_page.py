@@ -38,8 +38,11 @@ figcaption { font-weight: 600; margin-bottom: .3rem }
 svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--soft); font-size: 12px }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .85rem; color: var(--soft) }
+.c0 { background: var(--c0) } .c1 { background: var(--c1) } .c2 { background: var(--c2) }
+.c3 { background: var(--c3) } .c4 { background: var(--c4) } .c5 { background: var(--c5) }
 .legend i { display: inline-block; width: 1.1em; height: 3px; vertical-align: middle; margin-right: .35em }
 .scroll { overflow-x: auto }
+:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { padding: .35rem .7rem .35rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { color: var(--soft); font-weight: 500; white-space: normal; vertical-align: bottom }
@@ -148,7 +151,7 @@ def panel(title: str, svg: str, below: str, note: str) -> str:
 def legend(series: Mapping[str, Sequence[Point]]) -> str:
     """Names beside their colours; a series without points is left out."""
     named = [(i, name) for i, (name, points) in enumerate(series.items()) if points]
-    items = [f"<span><i style='background:var(--c{i % COLOURS})'></i>{escape(name)}</span>" for i, name in named]
+    items = [f"<span><i class=c{i % COLOURS}></i>{escape(name)}</span>" for i, name in named]
     return f"<div class=legend>{''.join(items)}</div>"
 
 
@@ -248,7 +251,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _svg(parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">{"".join(parts)}</svg>'
 
 
 def _baselines(report: Mapping[str, Any]) -> str:
@@ -317,7 +320,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         return f"<td{' class=text' if len(text) > 40 else ''}>{escape(text)}"
 
     body = "".join("<tr>" + "".join(map(cell, row)) for row in rows)
-    return f"<div class=scroll><table><tr>{''.join(f'<th>{escape(h)}' for h in head)}{body}</table></div>"
+    heads, about = "".join(f"<th>{escape(h)}" for h in head), escape(", ".join(filter(None, head)))
+    return f'<div class=scroll tabindex=0 role=region aria-label="{about}"><table><tr>{heads}{body}</table></div>'
 
 
 def _link(name: str, url: str) -> str:

@@ -44,12 +44,19 @@ def as_text(state: Mapping[str, Any]) -> str:
     champion = state["roles"]["champion"]
     serves = f"version {champion}" if champion else "the declared prior (no version yet)"
     lines = [f"  serving      {serves}, generation {state['generation']}"]
-    if state.get("trial"):
-        trial = Trial.from_json(state["trial"])
-        seen, share = trial.difference, state["shares"].get(trial.version, 0.0)
-        facts = f"{trial.phase}, {share:.0%} of callers, log loss {seen.mean:+.4f} a day over {seen.n} days"
-        lines.append(f"  challenger   version {trial.version}: {facts}, evidence {math.exp(seen.log_ratio):.1f}")
+    if trial := trial_sentence(state):
+        lines.append(f"  challenger   {trial}")
     return "\n".join([*lines, *(f"  {_at(d['time'])}  {d['sentence']} ({d['who']})" for d in state["decisions"])])
+
+
+def trial_sentence(state: Mapping[str, Any]) -> str:
+    """The trial that runs, and its evidence; empty without one."""
+    if not state.get("trial"):
+        return ""
+    trial = Trial.from_json(state["trial"])
+    seen, share = trial.difference, state["shares"].get(trial.version, 0.0)
+    facts = f"{trial.phase}, {share:.0%} of callers, log loss {seen.mean:+.4f} a day over {seen.n} days"
+    return f"version {trial.version}: {facts}, evidence {math.exp(seen.log_ratio):.1f}"
 
 
 def _at(ms: int) -> str:

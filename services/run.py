@@ -11,7 +11,7 @@ from features.errors import ConfigError, PenstockError
 from features.usecase import UseCase, load
 from pipelines.checkpoint import watermark_of
 from pipelines.runner import CommitPolicy, Runner
-from services import rollout, wiring
+from services import metrics, rollout, wiring
 from services.progress import iso
 from services.settings import Settings
 
@@ -24,7 +24,14 @@ def run(settings: Settings, steps: str, use_case_name: str, *, once: bool = Fals
     if unknown := sorted(set(names) - set(STEPS)):
         raise ConfigError(f"no step {', '.join(unknown)}: choose from {', '.join(STEPS)}, several joined by +")
     use_case = load(use_case_name)
-    runners = [_runner(settings, use_case, name) for name in names]
+    counted = metrics.StepMetrics()
+    runners = [_runner(settings, use_case, name, counted) for name in names]
+    if settings.metrics_port:
+        metrics.serve(counted.registry, settings.metrics_host, settings.metrics_port)
+    if "control" in names and not once:
+        from services import dashboard
+
+        dashboard.start(settings, use_case.name, counted)
     _work(runners, once)
     if once:
         print("; ".join(map(_reached, runners)))
@@ -36,7 +43,7 @@ def _reached(runner: Runner) -> str:
     return f"{runner.group} is at {'the start' if mark is None else iso(mark)}"
 
 
-def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:
+def _runner(settings: Settings, use_case: UseCase, name: str, counted: metrics.StepMetrics) -> Runner:
     make_step, extras = _step(settings, use_case, name)
     return Runner(
         wiring.broker(settings),
@@ -45,6 +52,7 @@ def _runner(settings: Settings, use_case: UseCase, name: str) -> Runner:
         settings.state_url,
         policy=CommitPolicy.every(settings.commit_interval_s),
         idle_timeout=settings.idle_timeout_s,
+        on_measured=counted.count,
         **extras,
     )
 

@@ -35,6 +35,8 @@ class Settings:
     predictor_workers : processes that answer on one port
     predictor_deadline_ms : a request that waits longer is answered 503; a caller's x-deadline-ms may say less
     spool_when_full : refuse (503) or drop (answer, but keep no record) what Kafka has not made room for
+    metrics_host, metrics_port : where `penstock run` serves its Prometheus metrics; 0: nowhere
+    dashboard_host, dashboard_port : where the control process serves its page
     allow_event_time : the predictor accepts `event_time` in a request (a replay needs it)
     """
 
@@ -55,6 +57,10 @@ class Settings:
     predictor_workers: int = 1
     predictor_deadline_ms: int = 5000
     state_url: str = ""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    dashboard_host: str = "127.0.0.1"
+    dashboard_port: int = 0
     offline_keep_days: int = 0
     train_compression: str = "none"
     allow_event_time: bool = False
@@ -94,6 +100,7 @@ class Settings:
             mlflow_url=self.mlflow_url or f"http://127.0.0.1:{port('mlflow')}",
             airflow_url=self.airflow_url or f"http://127.0.0.1:{port('airflow')}",
             predictor_port=self.predictor_port or port("predictor"),
+            dashboard_port=self.dashboard_port or port("dashboard"),
             state_url=self.state_url or str(self.home / "state"),
         )
 
@@ -101,9 +108,17 @@ class Settings:
         """The embedded stack's port of a service."""
         return self.port_base + PORTS.index(service)
 
+    def listens(self, service: str) -> int:
+        """Where it does: the embedded port, or what a setting of its own says."""
+        return int(getattr(self, f"{service}_port", 0)) or self.port(service)
+
     @property
     def predictor_url(self) -> str:
         return f"http://{self.predictor_host}:{self.predictor_port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://{self.dashboard_host}:{self.dashboard_port}"
 
     @property
     def _secrets_file(self) -> Path:
@@ -126,7 +141,10 @@ class Settings:
         return Settings.load()
 
 
-PORTS = ("kafka", "kafka_controller", "postgres", "redis", "mlflow", "airflow", "predictor", "airflow_log")
+PORTS = (
+    *("kafka", "kafka_controller", "postgres", "redis", "mlflow", "airflow", "predictor", "airflow_log"),
+    *("dashboard", "featurizer_metrics", "learner_metrics", "control_metrics"),
+)
 
 
 def write_env(file: Path) -> None:

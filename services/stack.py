@@ -33,6 +33,9 @@ PORT_OF = {
     "mlflow": ("mlflow",),
     "airflow-api": ("airflow",),
     "predictor": ("predictor",),
+    "featurizer+joiner": ("featurizer_metrics",),
+    "learner": ("learner_metrics",),
+    "control": ("dashboard", "control_metrics"),
 }
 
 
@@ -140,7 +143,8 @@ def urls(settings: Settings, services: Mapping[str, Any]) -> dict[str, str]:
         "predictor": settings.predictor_url,
     }
     there = {*services, *(name.split("-")[0] for name in services)}
-    return {part: url for part, url in all_urls.items() if part in there}
+    found = {part: url for part, url in all_urls.items() if part in there}
+    return found | ({"dashboard": settings.dashboard_url} if "control" in there else {})
 
 
 def table(status: Mapping[str, Any]) -> str:
@@ -265,7 +269,7 @@ def check_ports(settings: Settings, chosen: Sequence[Service]) -> None:
     taken = []
     for service in chosen:
         ports = PORT_OF.get(service.name) or PORT_OF.get(service.name.split("-")[0], ())
-        numbers = [settings.predictor_port if name == "predictor" else settings.port(name) for name in ports]
+        numbers = map(settings.listens, ports)
         taken += [f"{port} ({service.name}){holder(port)}" for port in numbers if not is_free(port)]
     if taken:
         raise ConfigError(

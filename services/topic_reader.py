@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +14,7 @@ import msgspec
 from features.errors import UnavailableError
 from pipelines.broker import Broker, Consumer, Record, TopicPartition, clock_of
 
+SAVE_S, READ_S = 30.0, 60.0
 TAIL = 256  # records of a partition's end that usually hold its last clock record
 
 
@@ -26,6 +29,11 @@ class Tail:
 
 def read_new(consumer: Consumer, timeout_s: float = 60.0) -> Iterator[Record]:
     """Records up to the topics' ends as they are at this call; raises UnavailableError when they don't come."""
+    for records in _batches(consumer, timeout_s):
+        yield from records
+
+
+def _batches(consumer: Consumer, timeout_s: float) -> Iterator[list[Record]]:
     give_up = time.monotonic() + timeout_s
     ends = consumer.end_offsets(sorted(consumer.assignment()))
     while behind := [tp for tp, end in ends.items() if consumer.position(tp) < end]:
@@ -34,7 +42,7 @@ def read_new(consumer: Consumer, timeout_s: float = 60.0) -> Iterator[Record]:
             give_up = time.monotonic() + timeout_s
         elif time.monotonic() > give_up:
             raise UnavailableError(f"{behind[0][0]}: no record for {timeout_s:.0f} s, {len(behind)} partitions unread")
-        yield from records
+        yield records
 
 
 def read_all(broker: Broker, topic: str) -> Iterator[Record]:
@@ -98,4 +106,50 @@ class Newest:
         return self._values
 
     def close(self) -> None:
+        self._consumer.close()
+
+
+class Fold:
+    """What has been made of a topic's records, kept in a file with the positions: each record is read once, by whom.
+
+    fold : takes the state, JSON that begins as {}, and a record, and changes the state
+    """
+
+    def __init__(self, broker: Broker, topic: str, file: Path, fold: Callable[[dict[str, Any], Record], None]) -> None:
+        self._consumer, self._file, self._fold = broker.consumer([topic]), file, fold
+        self.state: dict[str, Any] = {}
+        self._saved = time.monotonic()
+        kept = msgspec.json.decode(file.read_bytes()) if file.exists() else {"positions": {}}
+        positions = {(topic, int(p)): offset for p, offset in kept["positions"].items()}
+        ends = self._consumer.end_offsets(sorted(self._consumer.assignment()))
+        if positions and all(offset <= ends.get(tp, 0) for tp, offset in positions.items()):
+            self.state = kept["state"]
+            for tp, offset in positions.items():
+                self._consumer.seek(tp, offset)
+
+    def read(self, most: int | None = None) -> int:
+        """Take in what is new, in batches until there are `most` records; returns their number."""
+        seen = 0
+        for records in _batches(self._consumer, READ_S):
+            for record in records:
+                self._fold(self.state, record)
+            seen += len(records)
+            if most is not None and seen >= most:
+                break
+        if seen and time.monotonic() - self._saved > SAVE_S:
+            self.save()
+        return seen
+
+    def save(self) -> None:
+        """Keep the state and the positions it is of."""
+        positions = {str(p): self._consumer.position((t, p)) for t, p in self._consumer.assignment()}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(msgspec.json.encode({"positions": positions, "state": self.state}))
+        temporary.rename(self._file)
+        self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Save and disconnect."""
+        self.save()
         self._consumer.close()

@@ -16,7 +16,7 @@ def free_ports() -> int:
     """A port base with room for every service of the stack, below the range that the kernel hands out."""
     from services.stack import is_free
 
-    for base in random.sample(range(20_000, 30_000, 10), 200):
+    for base in random.sample(range(20_000, 30_000, 20), 200):
         if all(map(is_free, range(base, base + len(PORTS)))):
             return base
     raise RuntimeError("no free ports between 20000 and 30000")

@@ -35,7 +35,8 @@ HOME_OF = {  # vendor -> the files that may know it
     "optuna": {"pipelines/search.py"},
     "river": {"pipelines/baselines.py", "pipelines/drift.py"},
     "fastapi": set(),
-    "starlette": {"services/predict_app.py", "benchmarks/serving_peers.py"},
+    "prometheus_client": {"services/metrics.py", "services/predict_workers.py"},
+    "starlette": {"services/predict_app.py", "services/dashboard.py", "benchmarks/serving_peers.py"},
     "confluent_kafka": set(),
 }
 FILES = [p for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py"))]

@@ -148,7 +148,7 @@ def places() -> list[Finding]:
     findings = [Finding("home", writable, found, "set PENSTOCK_HOME to a folder that you can write")]
     ours = status(settings)["running"]
     for name in (n for names in PORT_OF.values() for n in names):
-        port = settings.predictor_port if name == "predictor" else settings.port(name)
+        port = settings.listens(name)
         free = is_free(port)
         state = "free" if free else "ours" if ours else f"taken{holder(port)}"
         findings.append(Finding(f"port {port}", free or ours, f"{state} ({name})", "set PENSTOCK_PORT_BASE"))
