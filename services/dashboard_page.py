@@ -23,7 +23,7 @@ MORE_STYLE = """
 .charts + .scroll { margin-top: 1rem }
 #now .tile b { font-size: 1.05rem }
 summary { cursor: pointer; margin: .5rem 0 }
-td, th { overflow-wrap: anywhere }
+td.text { overflow-wrap: anywhere }
 """
 NAMES = ("broken", "now", "flow", "quality", "rollout", "drift", "runs", "services")
 
