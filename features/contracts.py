@@ -62,6 +62,7 @@ class Contract:
     time : the field with the event time
     id : the field that makes an event unique within `dedupe`; None: events have no identity
     by_arrival : it counts from its record's timestamp on, whatever its event time
+    partial : records have more fields, which this reader doesn't want
     out_of_orderness : how far behind the newest event of its partition an event may be and still be on time
     max_ahead : an event further than this ahead of its record's timestamp is refused (`future`)
     """
@@ -77,6 +78,7 @@ class Contract:
     dedupe: timedelta = timedelta(hours=1)
     version: int = 1
     by_arrival: bool = False
+    partial: bool = False
 
     def __post_init__(self) -> None:
         names = self.names
@@ -148,6 +150,22 @@ class Contract:
                     self._settle(values)
                     return values
         return [self._tried(raw) for raw in raws]
+
+    def unknown(self, raws: Sequence[bytes]) -> int:
+        """How many of these valid records carry fields that are not the contract's; they are ignored.
+
+        All are looked through when the first one carries some, which costs as much as decoding them.
+        """
+        if self.partial or not raws or self._is_known(raws[0]):
+            return 0
+        return sum(not self._is_known(raw) for raw in raws)
+
+    def _is_known(self, raw: bytes) -> bool:
+        return msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).keys() <= self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.names)
 
     def _tried(self, raw: bytes | None) -> Any:
         try:

@@ -18,6 +18,8 @@ from features.kernel import Ints
 from pipelines.broker import Record, TopicPartition, by_partition, clock_of
 from pipelines.step import Due
 
+COUNTED = ("counted_late", "unknown_fields")  # events that count all the same
+
 
 @dataclass(slots=True)
 class Refused:
@@ -106,6 +108,8 @@ class Intake:
     nothing earlier will come. An event is handed over once its time lies behind it. A late event (behind what its own
     partition had already shown) is handed over at the instant at which it was met, so that the result is a function
     of the log, however partitions interleave.
+
+    counts : records refused by reason; and of those that count, COUNTED
     """
 
     def __init__(self, inputs: Mapping[TopicPartition, Contract]) -> None:
@@ -163,6 +167,7 @@ class Intake:
                 clocks.append(partition.clock or 0)
         taken = Taken(events, contract.decode_many([r.value for r in events]), np.array(clocks, np.int64))
         taken.refuse({i: (v.reason, v.detail) for i, v in enumerate(taken.values) if isinstance(v, Invalid)})
+        self.counts["unknown_fields"] += contract.unknown([r.value for r in taken.records if r.value])
         taken.times = taken.column(
             (r.timestamp for r in taken.records)
             if contract.by_arrival

@@ -43,6 +43,7 @@ def predictions_contract(use_case: UseCase) -> Contract:
         max_bytes=1 << 20,
         out_of_orderness=timedelta(0),
         dedupe=use_case.label.wait,
+        partial=True,
     )
 
 

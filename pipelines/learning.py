@@ -50,6 +50,7 @@ def examples_contract(use_case: UseCase) -> Contract:
         topic=use_case.topic("examples"),
         max_bytes=1 << 20,
         dedupe=timedelta(minutes=10),
+        partial=True,
     )
 
 

@@ -45,7 +45,7 @@ from pipelines.checkpoint import (
     newest_of,
     told_positions,
 )
-from pipelines.intake import Refused
+from pipelines.intake import COUNTED, Refused
 from pipelines.step import Holds, Rows, Step
 from pipelines.task import Produced, Task, pack_call
 
@@ -109,7 +109,7 @@ class CommitPolicy:
 class Measured:
     """What a commit has brought, for whoever counts.
 
-    records, late : read since the last one; of these, counted although late
+    records, late, unknown : read since the last one; of these, counted although late, and with fields of no contract
     messages, rejected, rows : records sent by topic (its own name within the use case), refused by reason, rows written
         by store
     seconds, freshness_s : what the commit took; from a record sent to its rows online
@@ -119,6 +119,7 @@ class Measured:
     step: str
     records: int
     late: int
+    unknown: int
     messages: Mapping[str, int]
     rejected: Mapping[str, int]
     rows: Mapping[str, int]
@@ -138,7 +139,7 @@ class Owned:
     eventful : whether more than time going on has gathered
     paused : topics that ran ahead of another one
     kept : the last commit's snapshot and positions; None before the first
-    late : events that counted although late, as of the last commit
+    noted : what counted although late or with unknown fields, as of the last commit
     sent, freshness_s, online_rows : when the oldest record was sent whose rows are not online (epoch ms); of the rows
         written since the last commit, how long that took, and their number
     """
@@ -161,7 +162,7 @@ class Owned:
     confirmed: bool = True
     paused: set[TopicPartition] = field(default_factory=set)
     kept: tuple[str, dict[TopicPartition, Position]] | None = None
-    late: int = 0
+    noted: Counter[str] = field(default_factory=Counter)
     sent: int | None = None
     freshness_s: list[float] = field(default_factory=list)
     online_rows: int = 0
@@ -484,13 +485,15 @@ class Runner:
     def _measured(self, owned: Owned, began: float) -> Measured:
         produced, task, checkpoints = owned.produced, owned.task, owned.checkpoints
         files = sum(table.num_rows for _, table in produced.closed)
-        late, owned.late = owned.late, task.intake.counts["counted_late"]
+        before, owned.noted = owned.noted, Counter({name: task.intake.counts[name] for name in COUNTED})
+        late, unknown = (owned.noted[name] - before[name] for name in COUNTED)
         fresh, owned.freshness_s = owned.freshness_s, []
         rows, owned.online_rows = {"online": owned.online_rows, "offline": files}, 0
         return Measured(
             self.name,
             owned.records,
-            owned.late - late,
+            late,
+            unknown,
             Counter(m.topic.removeprefix(f"{self.use_case.name}.") for m in produced.messages),
             Counter(r.reason for r in produced.refused),
             rows,
@@ -519,10 +522,10 @@ class Runner:
 
     def _report(self) -> None:
         counts: Counter[str] = sum((o.task.intake.counts for o in self.owned.values()), Counter())
-        del counts["counted_late"]  # they count, only later; predictions of concurrent requests often are
-        if counts != self.reported:
-            self.log.warning("rejected so far", **counts)
-            self.reported = counts
+        refused = Counter({reason: n for reason, n in counts.items() if reason not in COUNTED})
+        if refused != self.reported:
+            self.log.warning("rejected so far", **refused)
+            self.reported = refused
 
     def _assigned(self, partitions: set[TopicPartition]) -> None:
         for i in sorted({self._task_of(p) for _, p in partitions} - set(self.owned)):
@@ -558,7 +561,7 @@ class Runner:
         self.consumer.resume(self._inputs(i))
         if self.ends is not None:
             self.ends |= self.consumer.end_offsets(self._inputs(i))
-        owned = Owned(task, checkpoints, producer, files, late=task.intake.counts["counted_late"])
+        owned = Owned(task, checkpoints, producer, files, noted=Counter(task.intake.counts))
         self._leave_unserved(owned, unserved)
         owned.kept = (newest.snapshot, dict(committed)) if newest else None
         return owned

@@ -59,6 +59,7 @@ class StepMetrics(_Catalogue):
         self.records_out = self._counter("records_out", "Records written, by topic.", "step", "topic")
         self.rejected = self._counter("rejected", "Records refused, by reason; duplicates too.", "step", "reason")
         self.late = self._counter("late", "Events that came late and still counted.", "step")
+        self.unknown = self._counter("unknown_fields", "Events with fields that no contract has: ignored.", "step")
         self.rows = self._counter("rows_written", "Rows written to a store.", "step", "store")
         self.commits = self._histogram("commit_seconds", "How long a commit takes.", COMMIT_BUCKETS, "step")
         self.batch = self._histogram("batch_records", "Records of a commit.", BATCH_BUCKETS, "step")
@@ -79,6 +80,7 @@ class StepMetrics(_Catalogue):
         for reason, refused in done.rejected.items():
             self.rejected.labels(step, reason).inc(refused)
         self.late.labels(step).inc(done.late)
+        self.unknown.labels(step).inc(done.unknown)
         for store, rows in done.rows.items():
             self.rows.labels(step, store).inc(rows)
         self.commits.labels(step).observe(done.seconds)

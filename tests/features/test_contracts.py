@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,3 +61,10 @@ def test_together_as_alone(good: list[bytes], bad: list[bytes | None], rng: Any)
 def test_each_bad_record_is_refused(raw: bytes | None) -> None:
     (found,) = contract.decode_many([raw])
     assert isinstance(found, Invalid)
+
+
+def test_records_with_fields_of_no_contract_are_counted() -> None:
+    known, more = b'{"a": 1, "at": 5}', b'{"a": 1, "b": {"c": 2}, "at": 5}'
+    contract = Contract("c", (Field("a", int), Field("at", "time")), time="at")
+    assert [contract.unknown(raws) for raws in ([], [known], [more, known, more])] == [0, 0, 2]
+    assert replace(contract, partial=True).unknown([more]) == 0

@@ -31,6 +31,7 @@ START = 1_000_000 * MINUTE
 
 def order(i: int) -> Message:
     value = {"id": f"o{i}", "time": START + i * MINUTE, "shop": "s", "item": 1, "price": 2.0}
+    value |= {"colour": "red"} if i == 1 else {}
     return Message("toy.ordered", json.dumps(value).encode(), timestamp=START + i * MINUTE)
 
 
@@ -73,6 +74,8 @@ def test_a_step_counts_once_per_commit_what_came_in_went_out_and_was_refused(tmp
     assert seen["penstock_step_rejected_total", "featurizer", "malformed"] == 1
     assert seen["penstock_step_rejected_total", "featurizer", "future"] == 1
     assert seen["penstock_step_late_total", "featurizer"] == 1
+    assert seen["penstock_step_unknown_fields_total", "featurizer"] == 1
+    assert seen["penstock_step_unknown_fields_total", "joiner"] == 0  # it reads only some of a prediction's fields
     assert seen["penstock_step_rows_written_total", "featurizer", "online"] > 0
     assert seen["penstock_step_freshness_seconds_count", "featurizer"] == 1
     assert seen["penstock_step_watermark_timestamp_seconds", "featurizer"] == (START + 9 * MINUTE) / 1000
