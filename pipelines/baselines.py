@@ -15,6 +15,7 @@ from features.usecase import ModelInputs
 from features.windows import pack, unpack
 from pipelines.archive import Examples
 from pipelines.learner import Learner
+from pipelines.quality import splittable
 
 SMALL = 512  # a category with more buckets is hashed so finely that trees learn noise from it
 
@@ -179,7 +180,7 @@ def sklearn_trees(rounds: int, leaves: int, rate: float, seed: int) -> Batch:
         model = HistGradientBoostingClassifier(
             max_iter=rounds, max_leaf_nodes=leaves, learning_rate=rate, early_stopping=False, random_state=seed
         )
-        model.fit(rows, label)
+        model.fit(splittable(rows), label)
         return lambda asked: np.asarray(model.predict_proba(asked)[:, 1])
 
     return fit

@@ -56,3 +56,9 @@ def paired_blocks(
     starts, index, n = np.unique(event_time // block_ms * block_ms, return_inverse=True, return_counts=True)
     means = np.bincount(index, weights=difference) / n
     return [{"start": int(s), "n": int(k), "difference": float(d)} for s, k, d in zip(starts, n, means, strict=True)]
+
+
+def splittable(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows [n, F] for scikit-learn's histogram boosting, which fails on a column that is null throughout: it gets a 0,
+    on which nothing is split."""
+    return np.where(np.isnan(numbers).all(axis=0), np.float32(0), numbers)

@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipelines.quality import splittable
+
 DEPTH = 3
 NODES, LEAVES = 2**DEPTH - 1, 2**DEPTH
 REACH = 15.0  # trees times learning rate
@@ -69,7 +71,7 @@ class Trees(nn.Module):
             early_stopping=False,
             random_state=seed,
         )
-        model.fit(numbers, wanted)
+        model.fit(splittable(numbers), wanted)
         self.base.fill_(float(model._baseline_prediction.item()))
         for tree, (predictor,) in enumerate(model._predictors):
             self._take(predictor.nodes, 0, tree, 0)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from features.engine import Applied
 from features.errors import InputError
 from features.usecase import UseCase
-from pipelines.quality import auc
+from pipelines.quality import auc, splittable
 from services import ledger
 from services.recompute import Recomputation, differences, read_events
 from services.replay_log import as_of, log_path, read_log
@@ -158,7 +158,7 @@ def trained_auc(numbers: Numbers, label: Floats) -> float | None:
         return None
     trees = HistGradientBoostingClassifier(max_iter=30, max_leaf_nodes=15, early_stopping=False, random_state=0)
     with threadpool_limits(1):  # its threads spin while they wait: on a busy machine one is the quickest
-        trees.fit(numbers[:cut], label[:cut])
+        trees.fit(splittable(numbers[:cut]), label[:cut])
         scores = trees.predict_proba(numbers[cut:])[:, 1]
     return auc(label[cut:], scores)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -457,6 +458,10 @@ def main() -> None:
         app()
     except PenstockError as error:
         sys.exit(f"penstock: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit("penstock: no space is left under `home` or `state_url`: free some; what was not committed is redone")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -33,6 +33,16 @@ def test_they_score_as_scikit_learn_does() -> None:
     assert np.abs(trees(torch.from_numpy(odd)).numpy() - same.decision_function(odd)).max() < 1e-5
 
 
+def test_a_column_that_is_null_throughout_teaches_nothing() -> None:
+    numbers, label = rows(2000)
+    without, trees = Trees(10), Trees(10)
+    numbers[:, 2] = 0
+    without.fit(numbers, label, seed=1)
+    numbers[:, 2] = np.nan
+    trees.fit(numbers, label, seed=1)
+    assert torch.equal(trees(torch.from_numpy(numbers)), without(torch.from_numpy(numbers)))
+
+
 def test_neighbouring_numbers_stay_apart() -> None:
     """The threshold between two neighbouring float32 is no float32: rounded up it would be the upper one."""
     lower = np.nextafter(np.float32(1), np.float32(2))

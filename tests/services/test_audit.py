@@ -136,6 +136,12 @@ def test_chance_is_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not found[0]["ok"]
 
 
+def test_a_feature_that_is_always_null_stops_no_audit() -> None:
+    label = np.tile([0.0, 1.0, 0.0], 500)
+    numbers = np.column_stack([np.full(1500, np.nan), label]).astype(np.float32)
+    assert [v["ok"] for v in suspicion(numbers, label)] == [False, True]
+
+
 def test_suspiciously_good_features_are_noticed() -> None:
     label = np.tile([0.0, 1.0, 0.0], 500)
     honest, _ = suspicion(label[:, None].astype(np.float32), label)
