@@ -98,6 +98,8 @@ def test_an_alert_asks_for_metrics_and_labels_that_there_are(rule: dict[str, Any
         assert name in there
         assert set(re.findall(r"(\w+)[=!]", matchers)) <= set(there[name]._labelnames)
     told = rule["annotations"]["summary"] + rule["annotations"]["runbook_url"]
-    assert rule["annotations"]["runbook_url"] == f"OPERATIONS.md#{rule['alert'].lower()}"
+    anchor = rule["alert"].lower()
+    assert rule["annotations"]["runbook_url"] == f"OPERATIONS.md#{anchor}"
+    assert f'<a id="{anchor}"></a>' in (ROOT / "OPERATIONS.md").read_text()
     assert set(re.findall(r"\$labels\.(\w+)", told)) <= set(there[asked[0][0]]._labelnames)
     assert rule["labels"]["severity"] in ("critical", "warning") and rule["for"]
