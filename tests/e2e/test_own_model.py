@@ -3,6 +3,7 @@ in MLflow; with two controllers of which one acts, and goes on when the other is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -83,13 +84,16 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
 
 
 def test_a_model_of_the_users_own(settings: Settings, tmp_path: Path) -> None:
-    broker, registry = wiring.broker(settings), wiring.registry(settings)
+    registry = wiring.registry(settings)
     scores = {str(n): forest(tmp_path / str(n), n) for n in (1, 2)}
     for number in scores:
         told = penstock("register", "clicks", str(tmp_path / number), "--learned-until", "2026-01-01", "--json")
         assert json.loads(told) == {"version": number}
 
-    with httpx.Client(base_url=settings.predictor_url, timeout=10) as client:
+    with (
+        httpx.Client(base_url=settings.predictor_url, timeout=10) as client,
+        contextlib.closing(wiring.broker(settings)) as broker,
+    ):
 
         def answers(version: str) -> bool:
             (row,) = client.post("/predict", json=ROW).json()["rows"]
@@ -106,7 +110,7 @@ def test_a_model_of_the_users_own(settings: Settings, tmp_path: Path) -> None:
         assert by == "MLflow"
         check_logged(broker, scores)
         check_described(broker)
-        two_controllers(settings, lambda version: poll(f"answer by {version}", lambda: answers(version)))
+        two_controllers(settings, broker, lambda version: poll(f"answer by {version}", lambda: answers(version)))
 
 
 def move_alias(registry: Registry, version: str) -> None:
@@ -140,9 +144,9 @@ def check_described(broker: Any) -> None:
     assert {"Predictions", "Commands", "State"} <= seen
 
 
-def two_controllers(settings: Settings, serves: Callable[[str], Any]) -> None:
+def two_controllers(settings: Settings, broker: Any, serves: Callable[[str], Any]) -> None:
     """A second controller waits; commands are decided once; it acts when the first one is killed."""
-    broker, group = wiring.broker(settings), use_case.topic("control")
+    group = use_case.topic("control")
     second = subprocess.Popen([PENSTOCK, "run", "control", "clicks"], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         poll("second member", lambda: broker.members(group) == 2)
