@@ -114,8 +114,8 @@ class Mirror:
         while not self._stop.is_set():
             try:
                 if not read:
-                    self._read()
-                    read = True
+                    found = self._read()
+                    self._state, read = self._state or found, True
                 self._mirror()
             except Exception as error:  # whatever MLflow or its client does, control goes on and this tries again
                 log.warning("not mirrored to MLflow, trying again", use_case=self._name, error=str(error))
@@ -134,16 +134,19 @@ class Mirror:
         moved = self._registry.aliases(self._name).get(ALIASES[0])
         if moved in (None, champion) or self._changed.is_set():
             return
+        newest = self._read()
+        if newest != self._state:  # another controller has acted
+            self._state = newest
+            self._changed.set()
+            return
         rollout.send(self._settings, self._name, "promote", moved, "its alias was moved in MLflow", who="MLflow")
 
-    def _read(self) -> None:
+    def _read(self) -> Mapping[str, Any] | None:
         models = Newest(wiring.broker(self._settings), self._topic)
         try:
-            state = models.read().get(STATE_KEY)
+            return models.read().get(STATE_KEY)
         finally:
             models.close()
-        if self._state is None:
-            self._state = state
 
     def _mirror(self) -> None:
         self._changed.clear()

@@ -149,14 +149,23 @@ def test_an_alias_moved_by_hand_is_a_command(
     registry = RecordingRegistry()
     made = Mirror(settings(tmp_path), "toy", registry)
 
+    def act(*steps: tuple[str, str | None]) -> None:
+        done = [message(state_after(*steps))]
+        broker.producer().send(done)
+        made(done)
+
     def send(*what: Any, who: str) -> None:
         asked.append((*what[1:4], who))
-        made([message(state_after(("consider", "1"), ("promote", "2")))])
+        act(("consider", "1"), ("promote", "2"))
 
     monkeypatch.setattr(control.rollout, "send", send)
-    made([message(state_after(("consider", "1")))])
+    act(("consider", "1"))
     until(lambda: registry.set == {"champion": "1"})
     registry.set["champion"] = "2"
     until(lambda: registry.tags.get(("2", "role")) == "champion")
-    made.close()
     assert asked == [("toy", "promote", "2", "MLflow")]
+    broker.producer().send([message(state_after(("consider", "1"), ("promote", "2"), ("promote", "3")))])
+    registry.set["champion"] = "3"  # by another controller, which decided it, too
+    until(lambda: registry.tags.get(("3", "role")) == "champion")
+    made.close()
+    assert len(asked) == 1
