@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -28,6 +28,8 @@ from features.errors import ConfigError, PenstockError
 MAX_TIME = 253_402_300_800_000  # epoch ms of the year 10000
 INTEGER = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
 KINDS: dict[Any, Any] = {int: INTEGER, "time": INTEGER | Annotated[datetime, msgspec.Meta(tz=True)]}
+
+_decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Invalid(PenstockError):
@@ -151,17 +153,19 @@ class Contract:
                     return values
         return [self._tried(raw) for raw in raws]
 
-    def unknown(self, raws: Sequence[bytes]) -> int:
+    def unknown(self, raws: Iterable[bytes]) -> int:
         """How many of these valid records carry fields that are not the contract's; they are ignored.
 
         All are looked through when the first one carries some, which costs as much as decoding them.
         """
-        if self.partial or not raws or self._is_known(raws[0]):
+        rest = iter(raws)
+        first = None if self.partial else next(rest, None)
+        if first is None or self._is_known(first):
             return 0
-        return sum(not self._is_known(raw) for raw in raws)
+        return 1 + sum(not self._is_known(raw) for raw in rest)
 
     def _is_known(self, raw: bytes) -> bool:
-        return msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).keys() <= self._names
+        return _decode_names(raw).keys() <= self._names
 
     @cached_property
     def _names(self) -> frozenset[str]:

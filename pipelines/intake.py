@@ -167,7 +167,7 @@ class Intake:
                 clocks.append(partition.clock or 0)
         taken = Taken(events, contract.decode_many([r.value for r in events]), np.array(clocks, np.int64))
         taken.refuse({i: (v.reason, v.detail) for i, v in enumerate(taken.values) if isinstance(v, Invalid)})
-        self.counts["unknown_fields"] += contract.unknown([r.value for r in taken.records if r.value])
+        self.counts["unknown_fields"] += contract.unknown(r.value for r in taken.records if r.value)
         taken.times = taken.column(
             (r.timestamp for r in taken.records)
             if contract.by_arrival

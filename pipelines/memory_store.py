@@ -50,12 +50,6 @@ class MemoryStore:
         """Leave a mark beside the rows."""
         self._marks.add(mark)
 
-    def clear(self) -> None:
-        """Lose everything, as a store that is emptied."""
-        self._marks.clear()
-        for rows in self._rows.values():
-            rows.clear()
-
     def snapshot(self) -> list[Any]:
         """Every row as plain values."""
         return [[view, list(key), row, time] for view, rows in self._rows.items() for key, (row, time) in rows.items()]

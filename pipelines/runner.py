@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import structlog
 
@@ -46,7 +46,7 @@ from pipelines.checkpoint import (
     told_positions,
 )
 from pipelines.intake import COUNTED, Refused
-from pipelines.step import Holds, Rows, Step
+from pipelines.step import Holds, Refills, Rows, Step
 from pipelines.task import Produced, Task, pack_call
 
 RAW_LIMIT, RAW_KEPT = 65_536, 4_096
@@ -66,14 +66,6 @@ class OnlineStore(Protocol):
         """Whether a mark that `note` left is still there; a store that was emptied has lost it with the rows."""
 
     def note(self, mark: str) -> None: ...
-
-
-@runtime_checkable
-class Refills(Protocol):
-    """A step whose online rows can be written again."""
-
-    def current(self) -> list[Rows]:
-        """The row of every key, as of the watermark."""
 
 
 class Adopts(Protocol):

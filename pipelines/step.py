@@ -187,3 +187,11 @@ class Holds(Protocol):
 
     @property
     def held(self) -> Mapping[str, int]: ...
+
+
+@runtime_checkable
+class Refills(Protocol):
+    """A step whose online rows can be written again."""
+
+    def current(self) -> list[Rows]:
+        """The row of every key, as of the watermark."""

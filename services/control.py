@@ -5,6 +5,7 @@ The other way round, an alias `champion` that somebody moved there is a command 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,11 +143,8 @@ class Mirror:
         rollout.send(self._settings, self._name, "promote", moved, "its alias was moved in MLflow", who="MLflow")
 
     def _read(self) -> Mapping[str, Any] | None:
-        models = Newest(wiring.broker(self._settings), self._topic)
-        try:
+        with contextlib.closing(Newest(wiring.broker(self._settings), self._topic)) as models:
             return models.read().get(STATE_KEY)
-        finally:
-            models.close()
 
     def _mirror(self) -> None:
         self._changed.clear()

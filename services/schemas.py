@@ -15,28 +15,19 @@ from features.usecase import UseCase
 from features.vectors import schema_id
 from pipelines.control import commands_contract
 from pipelines.drift import Moved
-from pipelines.joiner import predictions_contract
+from pipelines.joiner import Kept, predictions_contract
 from pipelines.learning import Refresh
 from pipelines.rollout import Command, Decision
 from pipelines.scorer import requests_contract
 from pipelines.trial import evidence_contract
 
 
-class Example(msgspec.Struct, kw_only=True):
+class Example(Kept, kw_only=True):
     """A prediction with its label, and the instant (epoch ms) from which the label is known."""
 
-    request_id: str
-    event_time: int
-    version: str
-    arm: str
-    score: float
-    entities: dict[str, Any]
-    fields: dict[str, Any]
-    features: dict[str, Any]
     label: float
     label_time: int
-    shadow: dict[str, float | None] = {}
-    targets: dict[str, float | None] = {}
+    targets: dict[str, float | None] = msgspec.field(default_factory=dict)
 
 
 class Cut(msgspec.Struct):

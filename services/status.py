@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +17,7 @@ from pipelines.control import STATE_KEY
 from pipelines.learning import REFRESH_KEY
 from pipelines.rollout import RolloutState
 from services import embedded, rollout, stack, wiring
+from services.predict_client import PredictClient
 from services.settings import Settings
 from services.topic_reader import Fold, Newest
 
@@ -134,14 +132,9 @@ def _newest_drift(state: dict[str, Any], record: Record) -> None:
 
 def _ready(settings: Settings) -> dict[str, Any] | None:
     """What the predictor's /readyz says; None when it doesn't answer."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(f"{settings.predictor_url}/readyz", timeout=READY_S) as reply:
-            return dict(json.load(reply))
-    except urllib.error.HTTPError as error:
-        return dict(json.load(error)) if error.code == 503 else None
-    except (OSError, ValueError):
-        return None
+    with contextlib.closing(PredictClient(settings.predictor_url, timeout_s=READY_S)) as client:
+        reply = client.get("/readyz")
+    return reply if reply and "ready" in reply else None
 
 
 def reachable(settings: Settings, status: Mapping[str, Any]) -> dict[str, bool]:

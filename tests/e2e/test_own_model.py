@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,28 +24,18 @@ from services import rollout, stack, wiring
 from services.settings import ROOT, Settings
 from services.topic_reader import read_all
 from tests.conftest import free_ports
+from tests.e2e.test_loop import poll
 from tests.services.test_schemas import validate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 PENSTOCK = str(Path(sys.executable).parent / "penstock")
 ROW = {"entities": {"user": "u1", "section": "sport"}, "fields": {"article": "a1", "position": 3}}
-DEADLINE_S = 60.0
 
 
 def penstock(*arguments: str) -> str:
     done = subprocess.run([PENSTOCK, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def poll(what: str, check: Callable[[], Any]) -> Any:
-    """The first true value of `check`."""
-    give_up = time.monotonic() + DEADLINE_S
-    while time.monotonic() < give_up:
-        if value := check():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"no {what} within {DEADLINE_S:.0f} s")
 
 
 def forest(folder: Path, seed: int) -> Callable[[dict[str, Any]], float]:

@@ -49,10 +49,15 @@ class Killed(BaseException):
 
 
 class Store(MemoryStore):
-    """A store that counts what was ever written."""
+    """A store that shows what it holds, and can lose it."""
 
     def snapshot_rows(self) -> Any:
         return {view: dict(rows) for view, rows in self._rows.items()}
+
+    def clear(self) -> None:
+        self._marks.clear()
+        for rows in self._rows.values():
+            rows.clear()
 
 
 def make_broker() -> MemoryBroker:
