@@ -41,16 +41,22 @@ class Trees(nn.Module):
         self.base: Tensor
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """Logits [n] of numbers [n, F], NaN allowed."""
-        return self.base + self._value(numbers, 0).sum(1)
+        """Logits [n] of numbers [n, F], NaN allowed.
 
-    def _value(self, numbers: Tensor, node: int) -> Tensor:
-        """What each tree says below a node: [n, trees], or [trees] at a leaf."""
+        All nodes are compared at once, a feature's values of all rows side by side: a null is on the right of every
+        threshold, and in the second copy of the features on the left of every one.
+        """
+        lowest = torch.where(torch.isnan(numbers), torch.full_like(numbers, -torch.inf), numbers)
+        places = self.feature + numbers.shape[1] * self.missing_left.long()
+        x = torch.cat([numbers, lowest], 1).t()[places.reshape(-1)]
+        left = (x <= self.threshold.reshape(-1, 1)).reshape(NODES, self.count, -1)
+        return self.base + self._value(left, 0).sum(0)
+
+    def _value(self, left: Tensor, node: int) -> Tensor:
+        """What each tree says below a node: [trees, n], or [trees, 1] at a leaf."""
         if node >= NODES:
-            return self.leaf[node - NODES]
-        x = numbers[:, self.feature[node]]
-        left = (x <= self.threshold[node]) | (torch.isnan(x) & (self.missing_left[node] > 0.5))
-        return torch.where(left, self._value(numbers, 2 * node + 1), self._value(numbers, 2 * node + 2))
+            return self.leaf[node - NODES][:, None]
+        return torch.where(left[node], self._value(left, 2 * node + 1), self._value(left, 2 * node + 2))
 
     def fit(self, numbers: npt.NDArray[np.float32], label: npt.NDArray[np.float32], seed: int) -> bool:
         """Learn anew from rows [n, F] in time order and their labels [n]; too few rows, or one class, teach nothing:

@@ -230,16 +230,37 @@ class Chaos(threading.Thread):
             print(f"{time.monotonic() - began:5.0f} s  killed {victim}", flush=True)
 
 
+class Onlooker(threading.Thread):
+    """Watches the dashboard: how many seconds it has called something broken, and did not answer itself."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.url, self.stopping, self.shown = f"{stack.url(8)}/api/live", threading.Event(), Counter[str]()
+
+    def broken(self) -> list[str]:
+        try:
+            return [trouble["what"] for trouble in httpx.get(self.url, timeout=5).raise_for_status().json()["broken"]]
+        except httpx.HTTPError:
+            return ["no dashboard"]
+
+    def run(self) -> None:
+        while not self.stopping.wait(1):
+            self.shown.update(self.broken())
+
+
 def test_nothing_is_lost_or_doubled_whatever_is_killed(stack: Stack) -> None:
-    chaos = Chaos(stack)
-    chaos.start()
+    chaos, onlooker = Chaos(stack), Onlooker(stack)
+    for thread in (chaos, onlooker):
+        thread.start()
     try:
         found = stack.python(STORMY.replace("SECONDS", str(CHAOS_S)), CHAOS_S + REPLAY_S)
     finally:
-        chaos.stopping.set()
-        chaos.join()
-    print(json.dumps({"killed": chaos.killed, **found}, indent=1))
+        for thread in (chaos, onlooker):
+            thread.stopping.set()
+            thread.join()
+    print(json.dumps({"killed": chaos.killed, "dashboard": onlooker.shown, **found}, indent=1))
     assert chaos.killed.total() >= CHAOS_S / KILL_EVERY_S / 2
     exact = [c for c in found["checks"] if "made one example" in c["check"] or "learned" in c["check"]]
     assert len(exact) >= 2 and not failed(exact)
-    poll("healthy stack", lambda: not stack.unhealthy())
+    assert onlooker.shown.keys() - {"no dashboard"}
+    poll("healthy stack", lambda: not stack.unhealthy() and not onlooker.broken())
