@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -78,7 +80,7 @@ def encode(declared: ModelInputs, vectors: Sequence[Mapping[str, Any]]) -> Input
     """Vectors, by feature name, as a model's arrays; an id is the crc32 of `name=value` modulo the category's
     buckets, null is hashed like any value."""
     n = len(vectors)
-    numbers = np.array([[v.get(name) for name in declared.numbers] for v in vectors], dtype=np.float64)
+    numbers = np.array(_picked(declared.numbers, vectors), dtype=np.float64)
     ids = [[bucket(c.name, v.get(c.name), c.buckets) for c in declared.categories] for v in vectors]
     with np.errstate(over="ignore"):
         return Inputs(
@@ -86,6 +88,14 @@ def encode(declared: ModelInputs, vectors: Sequence[Mapping[str, Any]]) -> Input
             np.array(ids, dtype=np.int64).reshape(n, len(declared.categories)),
             tuple(_ragged(s, ([v.get(c) or () for c in s.columns] for v in vectors), n) for s in declared.sequences),
         )
+
+
+def _picked(names: Sequence[str], vectors: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Each vector's values of these names, None where it has none."""
+    if names:
+        with suppress(KeyError):
+            return list(map(itemgetter(*names), vectors))
+    return [[v.get(name) for name in names] for v in vectors]
 
 
 @lru_cache(maxsize=262_144, typed=True)  # typed: 1, 1.0 and True are equal, but written differently

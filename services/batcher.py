@@ -11,37 +11,38 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from features.errors import UnavailableError
-from services.predict_request import Answered, Asked
 
 BATCH_ROWS = 256
 WAITING_ROWS = 10_000
 
-Answers = tuple[list[Answered], bool]  # in the order of the rows; whether they were logged
+Row, Answer = TypeVar("Row"), TypeVar("Answer")
+Answers = tuple[list[Answer], bool]  # in the order of the rows; whether they were logged
 
 
 @dataclass(slots=True)
-class _Waiting:
-    rows: list[Asked]
+class _Waiting(Generic[Row, Answer]):
+    rows: Sequence[Row]
     deadline: float
-    reply: asyncio.Future[Answers]
+    reply: asyncio.Future[Answers[Answer]]
 
 
-class Batcher:
+class Batcher(Generic[Row, Answer]):
     """Gathers what waits and answers it in batches; at most `WAITING_ROWS` may wait.
 
     clock : monotonic seconds, against which deadlines are held
     """
 
     def __init__(
-        self, answer: Callable[[Sequence[Asked]], Answers], clock: Callable[[], float] = time.monotonic
+        self, answer: Callable[[Sequence[Row]], Answers[Answer]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._answer, self._clock = answer, clock
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_Waiting[Row, Answer]] = deque()
         self._rows = 0
 
-    def submit(self, rows: list[Asked], deadline: float) -> asyncio.Future[Answers]:
+    def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[Answers[Answer]]:
         """Answers to these rows; UnavailableError when too many wait already, or `deadline` passes first."""
         if self._rows + len(rows) > WAITING_ROWS:
             raise UnavailableError(f"{self._rows} rows are waiting already: try again later")
@@ -54,7 +55,7 @@ class Batcher:
         return waiting.reply
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch, size, now = list[_Waiting](), 0, self._clock()
+        batch, size, now = list[_Waiting[Row, Answer]](), 0, self._clock()
         while self._queue and size < BATCH_ROWS:
             waiting = self._queue.popleft()
             self._rows -= len(waiting.rows)
@@ -70,7 +71,7 @@ class Batcher:
         if batch:
             self._reply(batch)
 
-    def _reply(self, batch: list[_Waiting]) -> None:
+    def _reply(self, batch: list[_Waiting[Row, Answer]]) -> None:
         try:
             answers, logged = self._answer([row for waiting in batch for row in waiting.rows])
         except Exception as error:  # goes to the caller whose row it is

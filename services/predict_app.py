@@ -11,7 +11,7 @@ import hmac
 import importlib.metadata
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from features.errors import UnavailableError
-from features.usecase import UseCase
+from features.usecase import Row, UseCase
 from services.batcher import Batcher
 from services.metrics import MEDIA_TYPE, PredictMetrics, as_text
 from services.predict_openapi import DOCS, document
@@ -69,7 +69,7 @@ def create_app(
     metrics = PredictMetrics(lambda: spool.waiting_bytes, lambda: ready()["generation"], settings.spool_max_mb << 20)
     predictor = Predictor(use_case, store, spool, slot, settings, clock=clock, metrics=metrics, unserved=unserved)
     scoring = Scoring(use_case, predictor, metrics, settings)
-    vectors = Vectors(use_case, predictor)
+    vectors = Vectors(use_case, predictor, settings)
     documented = encode_json(
         document(use_case, scoring.decoder.row_type, vectors.schema(slot.serving.champion), settings)
     )
@@ -136,26 +136,20 @@ class Scoring:
 
     async def predict(self, request: Request) -> Response:
         """Scores of 1 to 1,000 rows."""
-        deadline = time.monotonic() + self._patience_ms(request) / 1000
+        deadline = deadline_of(request, self._deadline_ms)
         if self._bearer and not hmac.compare_digest(request.headers.get("authorization", "").encode(), self._bearer):
             raise Refused(401, "authorization: Bearer and the setting predictor_token are needed here")
         rows, logged = await self.batcher.submit(self.decoder.decode(await body_of(request)), deadline)
         return json_response(Reply(rows), headers=None if logged else {"x-prediction-log": "dropped"})
 
-    def _patience_ms(self, request: Request) -> int:
-        text = request.headers.get("x-deadline-ms")
-        if text is None:
-            return self._deadline_ms
-        if not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
-            raise Refused(400, f"x-deadline-ms is {text!r}: send whole milliseconds, such as 250")
-        return min(int(text), self._deadline_ms)
-
 
 class Vectors:
     """The endpoints that score vectors which the caller has made, with the champion or the version that is named."""
 
-    def __init__(self, use_case: UseCase, predictor: Predictor) -> None:
+    def __init__(self, use_case: UseCase, predictor: Predictor, settings: Settings) -> None:
         self.use_case, self.predictor = use_case, predictor
+        self.batcher = Batcher(predictor.score)
+        self._deadline_ms = settings.predictor_deadline_ms
         self._types = tuple(predictor.vectorizer.types.items())
 
     def schema(self, model: Model) -> Schema:
@@ -166,7 +160,7 @@ class Vectors:
         """MLflow's protocol."""
         champion = self.predictor.slot.serving.champion
         rows = mlflow_rows(await body_of(request), self.schema(champion))
-        return json_response({"predictions": self.predictor.score(champion, rows)})
+        return json_response({"predictions": await self._scores(request, champion, rows)})
 
     async def infer(self, request: Request) -> Response:
         """The Open Inference Protocol's."""
@@ -175,8 +169,14 @@ class Vectors:
         if length is not None and not (length.isascii() and length.isdigit()):
             raise Refused(400, "inference-header-content-length is no number")
         rows, asked = v2_rows(await body_of(request), None if length is None else int(length), self.schema(model))
-        body, headers = v2_reply(self.use_case.name, model.version, self.predictor.score(model, rows), asked)
+        scores = await self._scores(request, model, rows)
+        body, headers = v2_reply(self.use_case.name, model.version, scores, asked)
         return Response(body, 200, headers, "application/octet-stream" if headers else "application/json")
+
+    async def _scores(self, request: Request, model: Model, rows: Sequence[Row]) -> list[float]:
+        deadline = deadline_of(request, self._deadline_ms)
+        scores, _ = await self.batcher.submit([(model, row) for row in rows], deadline)
+        return scores
 
     async def model(self, request: Request) -> Response:
         """A model's metadata; of `/ready`, its name."""
@@ -208,6 +208,14 @@ async def _answered(handler: Handler, request: Request) -> Response:
     except Exception as error:
         log.exception("a request failed", error=str(error))
         return problem("the request could not be answered; the predictor's log says why", 500)
+
+
+def deadline_of(request: Request, most_ms: int) -> float:
+    """Monotonic seconds up to which a request may wait for its turn: its `x-deadline-ms`, or `most_ms`."""
+    text = request.headers.get("x-deadline-ms", str(most_ms))
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
+        raise Refused(400, f"x-deadline-ms is {text!r}: send whole milliseconds, such as 250")
+    return time.monotonic() + min(int(text), most_ms) / 1000
 
 
 async def body_of(request: Request) -> bytes:

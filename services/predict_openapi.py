@@ -60,10 +60,11 @@ def document(use_case: UseCase, row_type: type[msgspec.Struct], vectors: Schema,
     }
     told: dict[str, Any] = {"type": "object"}
     nulls = dict.fromkeys(vectors.datatypes)
-    refused = {code: _content(REFUSALS[code], problems) for code in ("400", "413", "422")}
+    refused = {code: _content(REFUSALS[code], problems) for code in ("400", "413", "422", "503")}
     invocations = {
         "summary": "MLflow's protocol: scores of feature vectors; nothing is looked up and nothing logged",
         "description": "One of dataframe_split, dataframe_records, instances and inputs, by feature name, with null.",
+        "parameters": [deadline],
         "requestBody": {"required": True}
         | _content("", told | {"properties": {"dataframe_records": features}}, {"dataframe_records": [nulls]}),
         "responses": {"200": _content("scores", told, {"predictions": [0.25]})} | refused,
@@ -72,6 +73,7 @@ def document(use_case: UseCase, row_type: type[msgspec.Struct], vectors: Schema,
     infer = {
         "summary": "Open Inference Protocol v2: scores of feature vectors; nothing is looked up and nothing logged",
         "description": "NaN is null; lists of an event sequence are BYTES that hold JSON; binary tensors are taken.",
+        "parameters": [deadline],
         "requestBody": {"required": True} | _content("", inference, {"inputs": tensors}),
         "responses": {"200": _content("scores", told)} | dict.fromkeys(refused, _content("a text", told)),
     }

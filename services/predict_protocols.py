@@ -54,7 +54,7 @@ class Schema:
 
 class _Split(msgspec.Struct):
     columns: list[str]
-    data: list[list[Any]]
+    data: msgspec.Raw
 
 
 class Invocation(msgspec.Struct):
@@ -111,13 +111,20 @@ def mlflow_rows(body: bytes, schema: Schema) -> list[Row]:
         (rows,) = given
         if isinstance(rows, msgspec.Raw):
             return _bounded(schema.rows.decode(rows))
-        columns = rows if isinstance(rows, dict) else None
-        found = (
-            _transposed(columns)
-            if columns is not None
-            else [dict(zip(rows.columns, row, strict=True)) for row in rows.data]
-        )
-        return _bounded(msgspec.convert(found, list[schema.row]))
+        if isinstance(rows, _Split):
+            names = tuple(rows.columns)
+            return _bounded([dict(zip(names, row, strict=True)) for row in _table(schema, names).decode(rows.data)])
+        return _bounded(msgspec.convert(_transposed(rows), list[schema.row]))
+
+
+@lru_cache(maxsize=16)
+def _table(schema: Schema, columns: tuple[str, ...]) -> msgspec.json.Decoder[list[tuple[Any, ...]]]:
+    """A decoder of rows whose values stand in this order."""
+    kinds = schema.row.__annotations__
+    if lacking := kinds.keys() - set(columns):
+        raise Refused(422, f"columns lack what the model reads: {', '.join(sorted(lacking)[:5])}")
+    row = tuple[tuple(kinds.get(name, Any) for name in columns)]  # type: ignore[misc]
+    return msgspec.json.Decoder(list[row])  # type: ignore[valid-type]
 
 
 def v2_rows(body: bytes, json_bytes: int | None, schema: Schema) -> tuple[list[Row], Inference]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import structlog
@@ -68,7 +70,7 @@ class Predictor:
         self._store_again_at = 0.0
         self._failed = ""
 
-    def answer(self, rows: Sequence[Asked]) -> Answers:
+    def answer(self, rows: Sequence[Asked]) -> Answers[Answered]:
         """Answers in the order of `rows`, and whether their predictions are spooled; UnavailableError when they should
         be and can't."""
         serving, now = self.slot.serving, self.clock()
@@ -135,11 +137,13 @@ class Predictor:
         ms = (time.perf_counter() - began) * 1000 / max(1, len(scores))
         return Scored(model, [score if math.isfinite(score) else None for score in scores], round(ms, 4))
 
-    def score(self, model: Model, vectors: Sequence[Row]) -> list[float]:
-        """One model's answers to vectors that a caller has made; nothing is read and nothing logged."""
-        scores = self._run(model, encode(model.inputs, vectors)).scores
+    def score(self, rows: Sequence[tuple[Model, Row]]) -> Answers[float]:
+        """Models' answers to vectors that callers have made; nothing is read and nothing logged."""
+        scores = list[float | None]()
+        for model, same in groupby(rows, key=itemgetter(0)):
+            scores += self._run(model, encode(model.inputs, [vector for _, vector in same])).scores
         self.metrics.nan_scores.inc(scores.count(None))
-        return [self.use_case.prior if score is None else score for score in scores]
+        return [self.use_case.prior if score is None else score for score in scores], True
 
     def _message(
         self,

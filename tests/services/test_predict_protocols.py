@@ -100,6 +100,22 @@ def test_every_form_of_an_invocation(loaded: Service, body: Any) -> None:
     assert loaded.records() == [] and loaded.store.reads == 0
 
 
+def test_requests_that_wait_are_scored_together_each_by_the_version_it_names(
+    loaded: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, score = [], OnnxModel.score
+    monkeypatch.setattr(OnnxModel, "score", lambda model, rows: runs.append(len(rows)) or score(model, rows))
+    named = [f"/v2/models/toy/versions/{v}/infer" for v in "3344"]
+    replies = loaded.send(*(("POST", path, {"content": json.dumps(tensors())}) for path in named))
+    other = 1 / (1 + math.exp(0.98))
+    found = [reply.json()["outputs"][0]["data"] for reply in replies]
+    assert found == [[pytest.approx(s, abs=1e-6)] for s in (SCORE, SCORE, other, other)] and runs == [2, 2]
+
+
+def test_vectors_past_their_deadline_are_503(loaded: Service) -> None:
+    assert post(loaded, "/invocations", {"instances": [ROW]}, **{"x-deadline-ms": "0"}).status_code == 503
+
+
 def tensors(**changed: Any) -> dict[str, Any]:
     kinds = {"shop": "BYTES", "hour": "INT64"}
     return {
@@ -118,7 +134,8 @@ def tensors(**changed: Any) -> dict[str, Any]:
         ("/invocations", {"instances": [ROW] * 1001}, 413),
         ("/invocations", {"instances": [{"shop": "a"}]}, 422),
         ("/invocations", {"instances": [ROW | {"price": "1"}]}, 422),
-        ("/invocations", {"dataframe_split": {"columns": ["shop"], "data": [[1, 2]]}}, 422),
+        ("/invocations", {"dataframe_split": {"columns": ["shop"], "data": [["a"]]}}, 422),
+        ("/invocations", {"dataframe_split": {"columns": list(ROW), "data": [["a"]]}}, 422),
         ("/invocations", {"inputs": {"shop": ["a"], "hour": []}}, 422),
         ("/v2/models/toy/infer", b"\xff", 400),
         ("/v2/models/toy/infer", {"inputs": []}, 400),
