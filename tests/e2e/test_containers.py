@@ -105,8 +105,12 @@ class Stack:
 
     def python(self, program: str, timeout: float) -> dict[str, Any]:
         """What a program prints that runs beside the stack; its last line is JSON."""
-        said = self.compose("run", "--rm", "-T", "--no-deps", "demo", "python", "-c", program, timeout=timeout)
-        return dict(json.loads(said.splitlines()[-1]))
+        name = f"{self.env['COMPOSE_PROJECT_NAME']}-program"
+        words = ("run", "--name", name, "--rm", "-T", "--no-deps", "demo", "python", "-c", program)
+        try:
+            return dict(json.loads(self.compose(*words, timeout=timeout).splitlines()[-1]))
+        finally:  # past the timeout it would go on, and `down` leaves it
+            subprocess.run(["docker", "rm", "-f", name], env=self.env, stderr=subprocess.DEVNULL, check=False)
 
     def unhealthy(self) -> list[str]:
         """Services that don't run or fail their health check; the jobs that ended well are fine."""
