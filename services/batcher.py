@@ -18,31 +18,31 @@ from features.errors import UnavailableError
 BATCH_ROWS = 256
 WAITING_ROWS = 10_000
 
-Row, Answer = TypeVar("Row"), TypeVar("Answer")
-Answers = tuple[list[Answer], bool]  # in the order of the rows; whether they were logged
+RowT, AnswerT = TypeVar("RowT"), TypeVar("AnswerT")
+Answers = tuple[list[AnswerT], bool]  # in the order of the rows; False: they should have been logged and are not
 
 
 @dataclass(slots=True)
-class _Waiting(Generic[Row, Answer]):
-    rows: Sequence[Row]
+class _Waiting(Generic[RowT, AnswerT]):
+    rows: Sequence[RowT]
     deadline: float
-    reply: asyncio.Future[Answers[Answer]]
+    reply: asyncio.Future[Answers[AnswerT]]
 
 
-class Batcher(Generic[Row, Answer]):
+class Batcher(Generic[RowT, AnswerT]):
     """Gathers what waits and answers it in batches; at most `WAITING_ROWS` may wait.
 
     clock : monotonic seconds, against which deadlines are held
     """
 
     def __init__(
-        self, answer: Callable[[Sequence[Row]], Answers[Answer]], clock: Callable[[], float] = time.monotonic
+        self, answer: Callable[[Sequence[RowT]], Answers[AnswerT]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._answer, self._clock = answer, clock
-        self._queue: deque[_Waiting[Row, Answer]] = deque()
+        self._queue: deque[_Waiting[RowT, AnswerT]] = deque()
         self._rows = 0
 
-    def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[Answers[Answer]]:
+    def submit(self, rows: Sequence[RowT], deadline: float) -> asyncio.Future[Answers[AnswerT]]:
         """Answers to these rows; UnavailableError when too many wait already, or `deadline` passes first."""
         if self._rows + len(rows) > WAITING_ROWS:
             raise UnavailableError(f"{self._rows} rows are waiting already: try again later")
@@ -55,7 +55,7 @@ class Batcher(Generic[Row, Answer]):
         return waiting.reply
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch, size, now = list[_Waiting[Row, Answer]](), 0, self._clock()
+        batch, size, now = list[_Waiting[RowT, AnswerT]](), 0, self._clock()
         while self._queue and size < BATCH_ROWS:
             waiting = self._queue.popleft()
             self._rows -= len(waiting.rows)
@@ -71,7 +71,7 @@ class Batcher(Generic[Row, Answer]):
         if batch:
             self._reply(batch)
 
-    def _reply(self, batch: list[_Waiting[Row, Answer]]) -> None:
+    def _reply(self, batch: list[_Waiting[RowT, AnswerT]]) -> None:
         try:
             answers, logged = self._answer([row for waiting in batch for row in waiting.rows])
         except Exception as error:  # goes to the caller whose row it is

@@ -158,23 +158,22 @@ class Vectors:
 
     async def invocations(self, request: Request) -> Response:
         """MLflow's protocol."""
-        champion = self.predictor.slot.serving.champion
+        deadline, champion = deadline_of(request, self._deadline_ms), self.predictor.slot.serving.champion
         rows = mlflow_rows(await body_of(request), self.schema(champion))
-        return json_response({"predictions": await self._scores(request, champion, rows)})
+        return json_response({"predictions": await self._scores(champion, rows, deadline)})
 
     async def infer(self, request: Request) -> Response:
         """The Open Inference Protocol's."""
-        model = self._model(request)
+        deadline, model = deadline_of(request, self._deadline_ms), self._model(request)
         length = request.headers.get("inference-header-content-length")
         if length is not None and not (length.isascii() and length.isdigit()):
             raise Refused(400, "inference-header-content-length is no number")
         rows, asked = v2_rows(await body_of(request), None if length is None else int(length), self.schema(model))
-        scores = await self._scores(request, model, rows)
+        scores = await self._scores(model, rows, deadline)
         body, headers = v2_reply(self.use_case.name, model.version, scores, asked)
         return Response(body, 200, headers, "application/octet-stream" if headers else "application/json")
 
-    async def _scores(self, request: Request, model: Model, rows: Sequence[Row]) -> list[float]:
-        deadline = deadline_of(request, self._deadline_ms)
+    async def _scores(self, model: Model, rows: Sequence[Row], deadline: float) -> list[float]:
         scores, _ = await self.batcher.submit([(model, row) for row in rows], deadline)
         return scores
 

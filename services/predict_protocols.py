@@ -7,6 +7,7 @@ event sequence BYTES that hold JSON. They are scored as they are.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypedDict
@@ -112,9 +113,17 @@ def mlflow_rows(body: bytes, schema: Schema) -> list[Row]:
         if isinstance(rows, msgspec.Raw):
             return _bounded(schema.rows.decode(rows))
         if isinstance(rows, _Split):
-            names = tuple(rows.columns)
-            return _bounded([dict(zip(names, row, strict=True)) for row in _table(schema, names).decode(rows.data)])
+            return _bounded(_split_rows(rows, schema))
         return _bounded(msgspec.convert(_transposed(rows), list[schema.row]))
+
+
+def _split_rows(split: _Split, schema: Schema) -> list[Row]:
+    names = tuple(split.columns)
+    try:
+        return [dict(zip(names, row, strict=True)) for row in _table(schema, names).decode(split.data)]
+    except msgspec.ValidationError as error:  # which says where in the row, not in which column
+        place = re.search(r"\$\[\d+\]\[(\d+)\]", str(error))
+        raise Refused(422, f"{names[int(place[1])]}: {error}" if place else str(error)) from None
 
 
 @lru_cache(maxsize=16)

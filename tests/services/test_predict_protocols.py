@@ -100,6 +100,12 @@ def test_every_form_of_an_invocation(loaded: Service, body: Any) -> None:
     assert loaded.records() == [] and loaded.store.reads == 0
 
 
+def test_a_value_of_another_type_in_a_table_is_named(loaded: Service) -> None:
+    table = {"columns": list(ROW), "data": [list((ROW | {"price": "1"}).values())]}
+    told = post(loaded, "/invocations", {"dataframe_split": table}).json()["error"]["message"]
+    assert told.startswith("price: Expected")
+
+
 def test_requests_that_wait_are_scored_together_each_by_the_version_it_names(
     loaded: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +140,7 @@ def tensors(**changed: Any) -> dict[str, Any]:
         ("/invocations", {"instances": [ROW] * 1001}, 413),
         ("/invocations", {"instances": [{"shop": "a"}]}, 422),
         ("/invocations", {"instances": [ROW | {"price": "1"}]}, 422),
+        ("/invocations", {"dataframe_split": {"columns": ["shop"], "data": [[1, 2]]}}, 422),
         ("/invocations", {"dataframe_split": {"columns": ["shop"], "data": [["a"]]}}, 422),
         ("/invocations", {"dataframe_split": {"columns": list(ROW), "data": [["a"]]}}, 422),
         ("/invocations", {"inputs": {"shop": ["a"], "hour": []}}, 422),
