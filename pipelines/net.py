@@ -24,7 +24,7 @@ from features.errors import InputError
 from features.inputs import Inputs
 from features.usecase import ModelInputs
 from pipelines.onnx_model import input_names, record_example
-from pipelines.trees import Trees
+from pipelines.trees import NODE_OPSET, Trees, put, taken
 
 CLIP = 5.0  # standard deviations
 LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
@@ -293,6 +293,7 @@ def graph(net: Net, declared: ModelInputs, example: Inputs) -> bytes:
             output_names=["score"],
             dynamic_axes={name: {0: size} for name, size in zip([*names, "score"], sizes, strict=True)},
             opset_version=17,
+            custom_opsets={"ai.onnx.ml": NODE_OPSET},
             dynamo=False,
             do_constant_folding=False,  # ONNX Runtime folds when it loads; here it would merge and rename weights
         )
@@ -318,14 +319,21 @@ def refreshed(template: bytes, net: Net) -> bytes:
     for tensor in model.graph.initializer:
         values = weights[tensor.name.removeprefix("net.")].cpu().numpy()
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for node in _trees(model):
+        put(net.trees.state_dict(), node)
     return bytes(model.SerializeToString())
 
 
 def weights_of(graph: bytes) -> dict[str, Tensor]:
     """The weights of a `refreshed` graph, by their names in the state dictionary."""
-    tensors = onnx.load_from_string(graph).graph.initializer
-    arrays = {t.name.removeprefix("net."): onnx.numpy_helper.to_array(t).copy() for t in tensors}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    model = onnx.load_from_string(graph)
+    arrays = {t.name.removeprefix("net."): onnx.numpy_helper.to_array(t).copy() for t in model.graph.initializer}
+    found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return found | {f"trees.{name}": weight for node in _trees(model) for name, weight in taken(node).items()}
+
+
+def _trees(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "TreeEnsemble"]
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:

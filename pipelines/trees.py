@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +16,13 @@ from pipelines.quality import splittable
 DEPTH = 3
 NODES, LEAVES = 2**DEPTH - 1, 2**DEPTH
 REACH = 15.0  # trees times learning rate
+WEIGHTS = {  # of the node in a graph, as the state dictionary has them
+    "nodes_featureids": "feature",
+    "nodes_splits": "threshold",
+    "nodes_missing_value_tracks_true": "missing_left",
+    "leaf_weights": "leaf",
+}
+NODE_OPSET = 5  # of `ai.onnx.ml`: the first one with TreeEnsemble
 LEAST_ROWS = 500  # fewer teach trees nothing
 MOST_ROWS = 100_000  # the newest: a rank waits for another one only so long
 
@@ -44,8 +55,12 @@ class Trees(nn.Module):
         """Logits [n] of numbers [n, F], NaN allowed.
 
         All nodes are compared at once, a feature's values of all rows side by side: a null is on the right of every
-        threshold, and in the second copy of the features on the left of every one.
+        threshold, and in the second copy of the features on the left of every one. In an ONNX graph all of it is one
+        node, which ONNX Runtime walks in compiled code; `put` gives it the weights.
         """
+        if torch.onnx.is_in_onnx_export():
+            logits: Tensor = _Node.apply(numbers, self.count)  # type: ignore[no-untyped-call]
+            return self.base + logits
         lowest = torch.where(torch.isnan(numbers), torch.full_like(numbers, -torch.inf), numbers)
         places = self.feature + numbers.shape[1] * self.missing_left.long()
         x = torch.cat([numbers, lowest], 1).t()[places.reshape(-1)]
@@ -97,6 +112,61 @@ class Trees(nn.Module):
             self.missing_left[place, tree] = float(node["missing_go_to_left"])
             self._take(nodes, int(node["left"]), tree, 2 * place + 1)
             self._take(nodes, int(node["right"]), tree, 2 * place + 2)
+
+
+class _Node(torch.autograd.Function):
+    """The trees of an ONNX graph, without their weights."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, trees: int) -> Tensor:
+        """Logits [n], all 0."""
+        return numbers.new_zeros(len(numbers))
+
+    @staticmethod
+    def symbolic(g: Any, numbers: Any, trees: int) -> Any:
+        """In heap order: below inner node i are 2i + 1 and 2i + 2, of which those from `NODES` on are leaves."""
+        below = 2 * np.arange(NODES) + np.array([[1], [2]])
+        is_leaf = below >= NODES
+        tree = np.arange(trees)[:, None, None]
+        left, right = np.where(is_leaf, below - NODES + LEAVES * tree, below + NODES * tree).swapaxes(0, 1)
+        scores = g.op(
+            "ai.onnx.ml::TreeEnsemble",
+            numbers,
+            n_targets_i=1,
+            tree_roots_i=(NODES * tree).ravel().tolist(),
+            nodes_modes_t=torch.zeros(NODES * trees, dtype=torch.uint8),  # 0: left if x <= split
+            nodes_truenodeids_i=left.ravel().tolist(),
+            nodes_falsenodeids_i=right.ravel().tolist(),
+            nodes_trueleafs_i=is_leaf[0].astype(int).tolist() * trees,
+            nodes_falseleafs_i=is_leaf[1].astype(int).tolist() * trees,
+            nodes_featureids_i=[0] * (NODES * trees),
+            nodes_splits_t=torch.zeros(NODES * trees),
+            nodes_missing_value_tracks_true_i=[0] * (NODES * trees),
+            leaf_targetids_i=[0] * (LEAVES * trees),
+            leaf_weights_t=torch.zeros(LEAVES * trees),
+        )
+        return g.op("Squeeze", scores, g.op("Constant", value_t=torch.tensor([1])))
+
+
+def put(weights: Mapping[str, Tensor], node: onnx.NodeProto) -> None:
+    """Give a graph's node the weights of a state dictionary."""
+    for attribute in node.attribute:
+        if name := WEIGHTS.get(attribute.name):
+            flat = weights[name].cpu().numpy().T.ravel()
+            is_tensor = attribute.type == onnx.AttributeProto.TENSOR
+            value: Any = onnx.numpy_helper.from_array(flat) if is_tensor else flat.astype(np.int64)
+            attribute.CopyFrom(onnx.helper.make_attribute(attribute.name, value))
+
+
+def taken(node: onnx.NodeProto) -> dict[str, Tensor]:
+    """The weights that `put` has given."""
+    found, like = dict[str, Tensor](), Trees(0).state_dict()
+    for attribute in node.attribute:
+        if name := WEIGHTS.get(attribute.name):
+            value: Any = onnx.helper.get_attribute_value(attribute)
+            flat = onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.array(value)
+            found[name] = torch.from_numpy(flat.reshape(-1, len(like[name])).T.copy()).to(like[name].dtype)
+    return found
 
 
 def _float32_below(threshold: float) -> float:

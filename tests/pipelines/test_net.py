@@ -93,6 +93,9 @@ def test_trees_have_half_a_say_once_there_are_any(tmp_path: Path) -> None:
     net.export(model, tmp_path, INPUTS.as_json(), inputs)
     onnx = OnnxModel.load(tmp_path, "1")
     assert np.abs(onnx.score(inputs) - model.score(inputs)).max() < 1e-5
+    read = net.weights_of((tmp_path / "model.onnx").read_bytes())
+    assert {name for name in model.state_dict() if name.startswith("trees.")} <= set(read)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in read.items())
 
 
 def test_export_takes_numbers_that_training_never_saw(tmp_path: Path) -> None:
