@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks import peers
-from benchmarks.rig import DAY_MS, YEAR_MS, measured, process, produce_flights, redis_client, rig, say
+from benchmarks.rig import CORE, DAY_MS, YEAR_MS, apart, measured, process, produce_flights, redis_client, rig, say
 from features.errors import UnavailableError
 from features.usecase import UseCase, load
 from pipelines.checkpoint import listed_files, parse_metadata
@@ -31,7 +31,7 @@ def bench(days: int) -> dict[str, Any]:
     fold_python = peers.python("quixstreams")
     say(f"the engine alone, {days} days of flights, one core")
     engine = measured([*MODULE, "benchmarks.engine", "year", str(days)])
-    with rig(use_case) as settings:
+    with apart(), rig(use_case) as settings:
         say("the same events onto Kafka")
         sent = produce_flights(settings, use_case, days)
         say(f"Kafka to both stores: {sum(sent.values()):,} events")
@@ -46,11 +46,11 @@ def bench(days: int) -> dict[str, Any]:
 
 
 def kafka_to_stores(settings: Settings, use_case: UseCase, events: int) -> dict[str, Any]:
-    """`penstock run featurizer flights --once` from the moment it owns its partition to its end."""
+    """`penstock run featurizer flights --once`, on one core, from the moment it owns its partition to its end."""
     client = redis_client(settings)
     command = [*MODULE, "services.cli", "run", "featurizer", use_case.name, "--once"]
     began = time.monotonic()
-    with process(command, child_env(settings), stdout=subprocess.PIPE) as child:
+    with process(command, child_env(settings), CORE, stdout=subprocess.PIPE) as child:
         assert child.stdout
         for line in child.stdout:
             if "partition owned" in line:

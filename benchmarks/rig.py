@@ -30,6 +30,9 @@ DAY_MS = 86_400_000
 YEAR_MS = 1_356_998_400_000  # 2013-01-01T00:00Z, a boundary of every slide and file
 OWN = ("kafka_bootstrap", "redis", "state_url")
 BEGAN = time.monotonic()
+CORES = os.sched_getaffinity(0)
+CORE = max(CORES)
+"""What is measured runs on it; within `apart` what it talks to has the others."""
 
 
 def say(line: str) -> None:
@@ -57,6 +60,16 @@ def rig(use_case: UseCase, services: Sequence[str] = ("kafka", "redis")) -> Iter
             broker.create_topics(topics(use_case), use_case.partitions)
             broker.close()
             yield settings
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """This process, and what it starts without a core of its own, off the core of what is measured."""
+    os.sched_setaffinity(0, CORES - {CORE} or CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, CORES)
 
 
 def _free_base(first: int) -> int:
@@ -96,16 +109,11 @@ def process(
 def measured(command: Sequence[str], settings: Settings | None = None, all_cores: bool = False) -> dict[str, Any]:
     """The JSON object that a child, on one core unless it needs all, prints as its last line."""
     env = child_env(settings) if settings else os.environ
-    with process(command, env, None if all_cores else core(), stdout=subprocess.PIPE) as child:
+    with process(command, env, None if all_cores else CORE, stdout=subprocess.PIPE) as child:
         output = child.communicate()[0]
     if child.returncode:
         raise UnavailableError(f"{' '.join(command[1:])} ended with code {child.returncode}; its messages are above")
     return dict(json.loads(output.splitlines()[-1]))
-
-
-def core() -> int:
-    """The core that what is measured runs on; what it talks to has the others."""
-    return max(os.sched_getaffinity(0))
 
 
 def redis_client(settings: Settings) -> Any:

@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks import peers
 from benchmarks.learning import asked
-from benchmarks.rig import core, process, rig, say
+from benchmarks.rig import CORE, apart, process, rig, say
 from features.errors import UnavailableError
 from features.flights import use_case
 from features.usecase import ModelInputs
@@ -49,7 +49,7 @@ Figures = dict[str, Any]
 
 def bench(seconds: float = 2.0) -> Figures:
     """Each server in turn, `seconds` at each load."""
-    with rig(use_case, ("kafka", "redis")) as settings:
+    with apart(), rig(use_case) as settings:
         home = settings.home
         client = Client(home)
         create(settings, use_case.name)
@@ -205,7 +205,7 @@ def predictor(settings: Settings) -> Iterator[int]:
 @contextmanager
 def server(command: list[str], settings: Settings, port: int, path: str) -> Iterator[None]:
     """A server on a core of its own, once it answers."""
-    with process(command, child_env(settings), core(), stdout=subprocess.DEVNULL) as child:
+    with process(command, child_env(settings), CORE, stdout=subprocess.DEVNULL) as child:
         name = " ".join(command[1:4])
 
         def answers() -> bool:
@@ -245,7 +245,7 @@ def run(command: list[str], settings: Settings) -> None:
 def onnxruntime_loop(settings: Settings, folder: Path) -> Figures:
     """Runs a second of the graph alone, without a server, by batch."""
     command = [sys.executable, "-m", "benchmarks.serving_peers", "onnxruntime", str(folder)]
-    with process(command, child_env(settings), core(), stdout=subprocess.PIPE) as child:
+    with process(command, child_env(settings), CORE, stdout=subprocess.PIPE) as child:
         return dict(json.loads(child.communicate()[0].splitlines()[-1]))
 
 

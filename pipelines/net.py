@@ -97,7 +97,10 @@ class Events(nn.Module):
 
 
 class Linears(nn.Module):
-    """A linear layer for each of K members: [n, inputs] or [K, n, inputs] -> [K, n, outputs]."""
+    """A linear layer for each of K members: [n, inputs] or [K, n, inputs] -> [K, n, outputs].
+
+    What all members read is one matrix product for all of them: ONNX Runtime packs its matrix once, when it loads.
+    """
 
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -106,7 +109,11 @@ class Linears(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self.weight) + self.bias
+        if x.dim() == 3:
+            return torch.matmul(x, self.weight) + self.bias
+        members, inputs, outputs = self.weight.shape
+        together = self.weight.transpose(0, 1).reshape(inputs, members * outputs)
+        return torch.matmul(x, together).reshape(-1, members, outputs).transpose(0, 1) + self.bias
 
 
 class Net(nn.Module):

@@ -162,8 +162,7 @@ def run(
     from services.run import run
 
     if "learner" in steps.split("+"):
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
-
+        WithoutTorch.end()
     run(Settings.load(), steps, use_case, once=once)
 
 
@@ -308,7 +307,7 @@ def backtest(
     start, end, first = (None if at is None else round(at.timestamp() * 1000) for at in (from_, until, score_from))
     ticked, staled, delayed = (d // timedelta(milliseconds=1) if d else 0 for d in (tick, stale, delay_labels))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of these small steps mostly wait for each other
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
+    WithoutTorch.end()
     from services import backtest as runs
     from services import backtest_check
     from services.backtest_data import Range
@@ -358,7 +357,7 @@ def tune(
     """Search for better settings over backtests; judge them on later requests; train a challenger with them."""
     if (from_ is None) is not (until is None):
         raise typer.BadParameter("--from and --until go together; without both, the live examples are searched on")
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, WithoutTorch)]
+    WithoutTorch.end()
     from services import tune as search
 
     settings = Settings.load()
@@ -428,6 +427,8 @@ def bench(
         Bench.serving: serving.bench,
         Bench.training: training.bench,
     }
+    if what is Bench.rollout:
+        WithoutTorch.end()
     with progress_on_stderr():
         result = measure[what]()
     show(result, as_json, as_text(result))
@@ -447,6 +448,11 @@ class WithoutTorch(MetaPathFinder):
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "torch":
             raise ModuleNotFoundError("torch is left to the training ranks", name="torch")
+
+    @classmethod
+    def end(cls) -> None:
+        """From here on this process may import torch."""
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, cls)]
 
 
 def main() -> None:
