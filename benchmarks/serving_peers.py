@@ -29,7 +29,8 @@ def echo(port: str) -> None:
 
 
 def mlflow(folder: str, to: str, port: str) -> None:
-    """`mlflow models serve` with one worker, over the version's graph as MLflow's ONNX flavour keeps it."""
+    """`mlflow models serve` with one worker and, as all have one core, one thread, over the version's graph as MLflow's
+    ONNX flavour keeps it."""
     import numpy as np
     import onnx
     from mlflow.cli import cli
@@ -41,7 +42,8 @@ def mlflow(folder: str, to: str, port: str) -> None:
     width = {i.name: i.type.tensor_type.shape.dim[1].dim_value for i in model.graph.input}
     kinds = {"numbers": np.float32, "ids": np.int64}
     inputs = Schema([TensorSpec(np.dtype(kinds[name]), (-1, size), name) for name, size in width.items()])
-    save_model(model, to, signature=ModelSignature(inputs), pip_requirements=[])
+    threads = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
+    save_model(model, to, signature=ModelSignature(inputs), pip_requirements=[], onnx_session_options=threads)
     cli(["models", "serve", "-m", to, "-p", port, "--env-manager", "local", "--workers", "1"])
 
 
