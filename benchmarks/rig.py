@@ -153,5 +153,6 @@ def as_text(result: Mapping[str, Any], indent: str = "") -> str:
         if isinstance(value, Mapping):
             lines += [f"{indent}{name}", as_text(value, indent + "  ")]
         else:
-            lines.append(f"{indent + name:34} {value:>14,}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            lines.append(f"{indent + name:34} {f'{value:,}' if is_number else value!s:>14}")
     return "\n".join(lines)
