@@ -77,25 +77,31 @@ class Inputs:
 
 
 def encode(declared: ModelInputs, vectors: Sequence[Mapping[str, Any]]) -> Inputs:
-    """Vectors, by feature name, as a model's arrays; an id is the crc32 of `name=value` modulo the category's
-    buckets, null is hashed like any value."""
-    n = len(vectors)
-    numbers = np.array(_picked(declared.numbers, vectors), dtype=np.float64)
-    ids = [[bucket(c.name, v.get(c.name), c.buckets) for c in declared.categories] for v in vectors]
+    """Vectors, by feature name, as a model's arrays; what a vector lacks is null."""
+    names = declared.columns
+    if len(names) > 1:
+        with suppress(KeyError):
+            return encode_values(declared, list(map(itemgetter(*names), vectors)))
+    return encode_values(declared, [tuple(map(v.get, names)) for v in vectors])
+
+
+def encode_values(declared: ModelInputs, rows: Sequence[tuple[Any, ...]]) -> Inputs:
+    """Rows of values, in the order of `declared.columns`, as a model's arrays; an id is the crc32 of `name=value`
+    modulo the category's buckets, null is hashed like any value."""
+    n, width, place = len(rows), len(declared.numbers), declared.columns.index
+    numbers = np.array([row[:width] for row in rows], dtype=np.float64)
+    places = [(c.name, place(c.name), c.buckets) for c in declared.categories]
+    ids = [[bucket(name, row[at], buckets) for name, at, buckets in places] for row in rows]
+    lists = [[place(c) for c in s.columns] for s in declared.sequences]
     with np.errstate(over="ignore"):
         return Inputs(
-            numbers.reshape(n, len(declared.numbers)).astype(np.float32),
-            np.array(ids, dtype=np.int64).reshape(n, len(declared.categories)),
-            tuple(_ragged(s, ([v.get(c) or () for c in s.columns] for v in vectors), n) for s in declared.sequences),
+            numbers.reshape(n, width).astype(np.float32),
+            np.array(ids, dtype=np.int64).reshape(n, len(places)),
+            tuple(
+                _ragged(s, ([row[at] or () for at in ats] for row in rows), n)
+                for s, ats in zip(declared.sequences, lists, strict=True)
+            ),
         )
-
-
-def _picked(names: Sequence[str], vectors: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Each vector's values of these names, None where it has none."""
-    if names:
-        with suppress(KeyError):
-            return list(map(itemgetter(*names), vectors))
-    return [[v.get(name) for name in names] for v in vectors]
 
 
 @lru_cache(maxsize=262_144, typed=True)  # typed: 1, 1.0 and True are equal, but written differently

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from features.contracts import Contract, by_topic
@@ -85,9 +86,9 @@ class ModelInputs:
         sequences = (EventSequence(s["name"], tuple(s["columns"])) for s in data.get("sequences", ()))
         return cls(tuple(data["numbers"]), tuple(Category(**c) for c in data["categories"]), tuple(sequences))
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Every feature that is read, each once."""
+        """Every feature that is read, each once: the numbers, then what else there is."""
         lists = (column for s in self.sequences for column in s.columns)
         return tuple(dict.fromkeys((*self.numbers, *(c.name for c in self.categories), *lists)))
 

@@ -23,11 +23,11 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from features.errors import UnavailableError
-from features.usecase import Row, UseCase
+from features.usecase import UseCase
 from services.batcher import Batcher
 from services.metrics import MEDIA_TYPE, PredictMetrics, as_text
 from services.predict_openapi import DOCS, document
-from services.predict_protocols import Schema, mlflow_rows, schema_of, v2_reply, v2_rows
+from services.predict_protocols import Schema, Values, mlflow_rows, schema_of, v2_reply, v2_rows
 from services.predict_request import MAX_BODY, Refused, Reply, RequestDecoder
 from services.predict_workers import Siblings
 from services.predictor import Predictor, Reader
@@ -173,8 +173,8 @@ class Vectors:
         body, headers = v2_reply(self.use_case.name, model.version, scores, asked)
         return Response(body, 200, headers, "application/octet-stream" if headers else "application/json")
 
-    async def _scores(self, model: Model, rows: Sequence[Row], deadline: float) -> list[float]:
-        scores, _ = await self.batcher.submit([(model, row) for row in rows], deadline)
+    async def _scores(self, model: Model, rows: Sequence[Values], deadline: float) -> list[float]:
+        scores, _ = await self.batcher.submit([(model, values) for values in rows], deadline)
         return scores
 
     async def model(self, request: Request) -> Response:

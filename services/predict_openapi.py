@@ -44,7 +44,7 @@ class Problems(msgspec.Struct):
 
 def document(use_case: UseCase, row_type: type[msgspec.Struct], vectors: Schema, settings: Settings) -> dict[str, Any]:
     """The document, with examples made from the request contract and the model's inputs."""
-    types = (row_type, Reply, Problems, list[vectors.row], Inference)
+    types = (row_type, Reply, Problems, list[vectors.record], Inference)
     found, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     row, reply, problems, features, inference = found
     rows = {"type": "object", "required": ["rows"]}

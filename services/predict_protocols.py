@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, TypedDict
 
 import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 
-from features.usecase import ModelInputs, Row
+from features.usecase import ModelInputs
 from services.predict_request import MAX_ROWS, Refused
 
 DTYPES = {"FP64": "<f8", "FP32": "<f4", "INT64": "<i8", "INT32": "<i4", "INT16": "<i2", "INT8": "i1", "BOOL": "?"}
@@ -26,19 +28,45 @@ KINDS: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("STRING", "str"), ("BYTES", str | None)),
     "bool": ("BOOL", bool | None),
 }
+Values = tuple[Any, ...]  # of a vector, in the order of the model's columns
 NUMBER, LIST = ("FP64", float | bool | None), ("BYTES", list[float | None] | None)
 
 
 class Schema:
-    """What a model reads: `datatypes` by column, and `row`, the type of a row by column."""
+    """What a model reads, in the order of its columns: `datatypes` and `kinds`, msgspec's types, by column; `record`,
+    the type of a row as an object."""
 
     def __init__(self, inputs: ModelInputs, types: Mapping[str, str]) -> None:
         self.lists = frozenset(column for s in inputs.sequences for column in s.columns)
         ids = {c.name: KINDS[types[c.name]] for c in inputs.categories}
-        kinds = dict.fromkeys(inputs.numbers, NUMBER) | ids | dict.fromkeys(sorted(self.lists), LIST)
-        self.datatypes = {name: datatype for name, (datatype, _) in kinds.items()}
-        self.row: Any = TypedDict("Features", {name: kind for name, (_, kind) in kinds.items()})  # type: ignore[operator]
-        self.rows: Any = msgspec.json.Decoder(list[self.row])
+        both = dict.fromkeys(inputs.numbers, NUMBER) | ids | dict.fromkeys(self.lists, LIST)
+        self.datatypes = {name: both[name][0] for name in inputs.columns}
+        self.kinds: dict[str, Any] = {name: both[name][1] for name in inputs.columns}
+        self.record: Any = TypedDict("Features", self.kinds)  # type: ignore[operator]
+        self._records: Any = msgspec.json.Decoder(list[self.record])
+
+    def from_records(self, data: msgspec.Raw) -> list[Values]:
+        """A JSON array of objects."""
+        return list(map(_picker(tuple(self.kinds)), self._records.decode(data)))
+
+    def from_table(self, names: tuple[str, ...], data: msgspec.Raw) -> list[Values]:
+        """A JSON array of arrays whose values stand in the order of `names`."""
+        self._check(names)
+        with _naming(names):
+            rows: list[Values] = _table(self, names).decode(data)
+        wanted = tuple(self.kinds)
+        return rows if names == wanted else list(map(_picker(tuple(map(names.index, wanted))), rows))
+
+    def from_columns(self, columns: Mapping[str, Sequence[Any]]) -> list[Values]:
+        """A list of values by column."""
+        self._check(columns)
+        names = tuple(self.kinds)
+        with _naming(names):
+            return msgspec.convert(list(zip(*map(columns.__getitem__, names), strict=True)), _rows_type(self, names))
+
+    def _check(self, names: Iterable[str]) -> None:
+        if lacking := self.kinds.keys() - set(names):
+            raise Refused(422, f"columns lack what the model reads: {', '.join(sorted(lacking)[:5])}")
 
     def metadata(self, name: str, versions: Sequence[str]) -> dict[str, Any]:
         """The model's metadata as v2 has it."""
@@ -94,13 +122,38 @@ class Inference(msgspec.Struct):
 _invocation, _inference = msgspec.json.Decoder(Invocation), msgspec.json.Decoder(Inference)
 
 
+def _picker(keys: tuple[Any, ...]) -> Callable[[Any], Values]:
+    """A function that gets these keys' values out of something."""
+    return itemgetter(*keys) if len(keys) > 1 else lambda row: tuple(row[key] for key in keys)
+
+
+def _rows_type(schema: Schema, names: tuple[str, ...]) -> Any:
+    row = tuple[tuple(schema.kinds.get(name, Any) for name in names)]  # type: ignore[misc]
+    return list[row]  # type: ignore[valid-type]
+
+
+@lru_cache(maxsize=16)
+def _table(schema: Schema, names: tuple[str, ...]) -> Any:
+    return msgspec.json.Decoder(_rows_type(schema, names))
+
+
+@contextmanager
+def _naming(names: tuple[str, ...]) -> Iterator[None]:
+    """An objection says where in the row it is: this adds in which column."""
+    try:
+        yield
+    except msgspec.ValidationError as error:
+        place = re.search(r"\$\[\d+\]\[(\d+)\]", str(error))
+        raise Refused(422, f"{names[int(place[1])]}: {error}" if place else str(error)) from None
+
+
 @lru_cache(maxsize=16)
 def schema_of(inputs: ModelInputs, types: tuple[tuple[str, str], ...]) -> Schema:
     """The schema of a version's inputs."""
     return Schema(inputs, dict(types))
 
 
-def mlflow_rows(body: bytes, schema: Schema) -> list[Row]:
+def mlflow_rows(body: bytes, schema: Schema) -> list[Values]:
     """The rows of an `/invocations` body; columns that the model doesn't read are passed over. Raises Refused."""
     with _refusing():
         asked = _invocation.decode(body)
@@ -111,32 +164,13 @@ def mlflow_rows(body: bytes, schema: Schema) -> list[Row]:
             raise Refused(422, "send one of dataframe_split, dataframe_records, instances and inputs")
         (rows,) = given
         if isinstance(rows, msgspec.Raw):
-            return _bounded(schema.rows.decode(rows))
+            return _bounded(schema.from_records(rows))
         if isinstance(rows, _Split):
-            return _bounded(_split_rows(rows, schema))
-        return _bounded(msgspec.convert(_transposed(rows), list[schema.row]))
+            return _bounded(schema.from_table(tuple(rows.columns), rows.data))
+        return _bounded(schema.from_columns(rows))
 
 
-def _split_rows(split: _Split, schema: Schema) -> list[Row]:
-    names = tuple(split.columns)
-    try:
-        return [dict(zip(names, row, strict=True)) for row in _table(schema, names).decode(split.data)]
-    except msgspec.ValidationError as error:  # which says where in the row, not in which column
-        place = re.search(r"\$\[\d+\]\[(\d+)\]", str(error))
-        raise Refused(422, f"{names[int(place[1])]}: {error}" if place else str(error)) from None
-
-
-@lru_cache(maxsize=16)
-def _table(schema: Schema, columns: tuple[str, ...]) -> msgspec.json.Decoder[list[tuple[Any, ...]]]:
-    """A decoder of rows whose values stand in this order."""
-    kinds = schema.row.__annotations__
-    if lacking := kinds.keys() - set(columns):
-        raise Refused(422, f"columns lack what the model reads: {', '.join(sorted(lacking)[:5])}")
-    row = tuple[tuple(kinds.get(name, Any) for name in columns)]  # type: ignore[misc]
-    return msgspec.json.Decoder(list[row])  # type: ignore[valid-type]
-
-
-def v2_rows(body: bytes, json_bytes: int | None, schema: Schema) -> tuple[list[Row], Inference]:
+def v2_rows(body: bytes, json_bytes: int | None, schema: Schema) -> tuple[list[Values], Inference]:
     """The rows of a v2 inference request, and its JSON; binary tensors follow the first `json_bytes` bytes."""
     with _refusing():
         asked = _inference.decode(body if json_bytes is None else body[:json_bytes])
@@ -152,7 +186,7 @@ def v2_rows(body: bytes, json_bytes: int | None, schema: Schema) -> tuple[list[R
             if math.prod(tensor.shape) != len(values) or math.prod(tensor.shape[1:]) != 1:
                 raise Refused(400, f"input {tensor.name}: {len(values)} values are no tensor of shape [n] or [n, 1]")
             columns[tensor.name] = _plain(values, tensor.name in schema.lists)
-        return _bounded(msgspec.convert(_transposed(columns), list[schema.row])), asked
+        return _bounded(schema.from_columns(columns)), asked
 
 
 def v2_reply(name: str, version: str, scores: Sequence[float], asked: Inference) -> tuple[bytes, dict[str, str]]:
@@ -183,14 +217,10 @@ class _refusing:
             raise Refused(422, f"columns and values don't fit together: {error}") from None
 
 
-def _bounded(rows: list[Row]) -> list[Row]:
+def _bounded(rows: list[Values]) -> list[Values]:
     if not 0 < len(rows) <= MAX_ROWS:
         raise Refused(413 if rows else 422, f"{len(rows)} rows: send 1 to 1,000")
     return rows
-
-
-def _transposed(columns: Mapping[str, Sequence[Any]]) -> list[Row]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _flat(tensor: Tensor) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import structlog
 
 from features.errors import UnavailableError
-from features.inputs import Inputs, encode
+from features.inputs import Inputs, encode, encode_values
 from features.usecase import Row, UseCase
 from features.vectors import StoredRow, Vector, Vectorizer
 from pipelines.broker import Message
@@ -137,11 +137,12 @@ class Predictor:
         ms = (time.perf_counter() - began) * 1000 / max(1, len(scores))
         return Scored(model, [score if math.isfinite(score) else None for score in scores], round(ms, 4))
 
-    def score(self, rows: Sequence[tuple[Model, Row]]) -> Answers[float]:
-        """Models' answers to vectors that callers have made; nothing is read and nothing logged."""
+    def score(self, rows: Sequence[tuple[Model, tuple[Any, ...]]]) -> Answers[float]:
+        """Models' answers to vectors that callers have made, in the order of the model's columns; nothing is read and
+        nothing logged."""
         scores = list[float | None]()
         for model, same in groupby(rows, key=itemgetter(0)):
-            scores += self._run(model, encode(model.inputs, [vector for _, vector in same])).scores
+            scores += self._run(model, encode_values(model.inputs, [values for _, values in same])).scores
         self.metrics.nan_scores.inc(scores.count(None))
         return [self.use_case.prior if score is None else score for score in scores], True
 
