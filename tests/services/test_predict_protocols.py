@@ -16,7 +16,9 @@ import pandas as pd
 import pytest
 import uvicorn
 
+from features.usecase import ModelInputs
 from pipelines.onnx_model import OnnxModel
+from services.predict_protocols import Schema, mlflow_rows
 from services.serving_state import Serving
 from tests.models import save_model
 from tests.predict_rig import Make, Service
@@ -89,15 +91,27 @@ def test_tritons_client(url: str, binary: bool) -> None:
     "body",
     [
         {"dataframe_split": {"columns": list(ROW), "data": [list(ROW.values())]}},
+        {"dataframe_split": {"columns": ["more", *list(ROW)[::-1]], "data": [[[1], *list(ROW.values())[::-1]]]}},
         {"dataframe_records": [ROW | {"more": 1}]},
         {"instances": [ROW]},
-        {"inputs": {name: [value] for name, value in ROW.items()}},
+        {"inputs": {"more": ["1"]} | {name: [value] for name, value in reversed(ROW.items())}},
     ],
 )
 def test_every_form_of_an_invocation(loaded: Service, body: Any) -> None:
     reply = post(loaded, "/invocations", body)
     assert reply.json() == {"predictions": [pytest.approx(SCORE, abs=1e-6)]}, reply.text
     assert loaded.records() == [] and loaded.store.reads == 0
+
+
+def test_a_model_of_one_column_is_asked_in_every_form() -> None:
+    schema = Schema(ModelInputs(("price",)), {})
+    for body in (
+        {"dataframe_split": {"columns": ["price"], "data": [[1.5], [None]]}},
+        {"dataframe_split": {"columns": ["more", "price"], "data": [["x", 1.5], ["x", None]]}},
+        {"instances": [{"price": 1.5}, {"price": None}]},
+        {"inputs": {"price": [1.5, None]}},
+    ):
+        assert mlflow_rows(json.dumps(body).encode(), schema) == [(1.5,), (None,)]
 
 
 def test_a_value_of_another_type_in_a_table_is_named(loaded: Service) -> None:
