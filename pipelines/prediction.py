@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -18,8 +19,24 @@ def in_share(keys: Sequence[object], version: str, share: float) -> bool:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) < share * 2**64
 
 
+class Choice(NamedTuple):
+    """The answer to a row: which version gave it, with which refresh of its weights, in which arm.
+
+    shadow : version that did not answer -> its score, None when it failed or was no number
+    score_ms : version -> ms a row that its run took
+    """
+
+    version: str
+    refresh: int
+    arm: Literal["champion", "canary"]
+    score: float
+    shadow: Mapping[str, float | None]
+    score_ms: Mapping[str, float]
+
+
 def prediction_message(
     use_case: UseCase,
+    choice: Choice,
     *,
     request_id: str,
     event_time: int,
@@ -27,20 +44,10 @@ def prediction_message(
     fields: Row,
     vector: Vector,
     schema: str,
-    version: str,
-    arm: str,
-    score: float,
     timestamp: int,
     sent: int,
-    shadow: dict[str, float | None] | None = None,
-    score_ms: dict[str, float] | None = None,
-    refresh: int = 0,
 ) -> Message:
-    """One record of `<uc>.predictions`; `event_time`, `timestamp` (the record's) and `sent` (wall clock): epoch ms.
-
-    shadow : version that did not answer -> its score, None when it failed or was no number
-    score_ms : version -> ms a row that its run took
-    """
+    """One record of `<uc>.predictions`; `event_time`, `timestamp` (the record's) and `sent` (wall clock): epoch ms."""
     value = {
         "request_id": request_id,
         "event_time": event_time,
@@ -49,12 +56,7 @@ def prediction_message(
         "features": vector.features,
         "schema": schema,
         "feature_times": vector.feature_times,
-        "version": version,
-        "refresh": refresh,
-        "arm": arm,
-        "score": score,
-        "shadow": shadow or {},
-        "score_ms": score_ms or {},
+        **choice._asdict(),
     }
     return Message(
         use_case.topic("predictions"),

@@ -14,11 +14,10 @@ from features.usecase import Row, UseCase
 from features.vectors import Vectorizer
 from features.windows import pack, unpack
 from pipelines.memory_store import MemoryStore
-from pipelines.prediction import prediction_message
+from pipelines.prediction import Choice, prediction_message
 from pipelines.step import Due, Event, Outputs, Rejection, Rows
 
-Scored = tuple[list[float], str, str]  # scores, version, arm
-Score = Callable[[Sequence[Row]], Scored]
+Answers = Callable[[Sequence[Row], Sequence[Row]], Sequence[Choice]]
 
 
 def requests_contract(use_case: UseCase) -> Contract:
@@ -44,13 +43,13 @@ class Scorer:
     Parameters
     ----------
     parse : (entities, fields) -> the same, checked against the use case's request contract; raises Invalid
-    score : vectors by feature name -> (scores, version, arm): the model that serves now
+    answers : (entities, vectors by feature name) -> who answers what, of the models that serve now
     """
 
     name = "scorer"
 
-    def __init__(self, use_case: UseCase, parse: Callable[[Row, Row], tuple[Row, Row]], score: Score) -> None:
-        self.use_case, self.parse, self.score = use_case, parse, score
+    def __init__(self, use_case: UseCase, parse: Callable[[Row, Row], tuple[Row, Row]], answers: Answers) -> None:
+        self.use_case, self.parse, self.answers = use_case, parse, answers
         self.engine, self.store, self.vectorizer = Engine(use_case), MemoryStore(use_case), Vectorizer(use_case)
         requests = requests_contract(use_case)
         self.inputs: dict[str, Contract] = {**use_case.event_topics, requests.topic: requests}
@@ -70,22 +69,20 @@ class Scorer:
         out.rejected = [Rejection(events[int(places[r.position])], r.reason, r.detail) for r in refused]
         waiting = {name: Rows(name, rows.keys, rows.times, dict(rows.columns)) for name, rows in changed.items()}
         asked = list(events.take(np.flatnonzero(~others)))
-        answers = [a for e in asked if (a := self._vector(e, waiting, out))]
+        found = [a for e in asked if (a := self._vector(e, waiting, out))]
         self._apply(waiting, watermark)
-        if answers:
-            scores, version, arm = self.score([vector.features for *_, vector in answers])
-            for (event, keys, fields, vector), score in zip(answers, scores, strict=True):
+        if found:
+            choices = self.answers([keys for _, keys, *_ in found], [vector.features for *_, vector in found])
+            for (event, keys, fields, vector), choice in zip(found, choices, strict=True):
                 message = prediction_message(
                     self.use_case,
+                    choice,
                     request_id=event.value.request_id,
                     event_time=event.time,
                     keys=keys,
                     fields=fields,
                     vector=vector,
                     schema=self.vectorizer.schema_id,
-                    version=version,
-                    arm=arm,
-                    score=score,
                     timestamp=event.record.timestamp if event.record else event.time,
                     sent=watermark,
                 )

@@ -187,6 +187,13 @@ class PredictMetrics(_Catalogue):
             for view in vector.stale:
                 self.stale.labels(view).inc()
 
+    def scored(self, version: str, without: int, is_champion: bool) -> None:
+        """Count a model's rows without a score."""
+        if is_champion:
+            self.nan_scores.inc(without)
+        else:
+            self.shadow_failures.labels(version).inc(without)
+
     def replied(self, status: int, seconds: float) -> None:
         """Count a request."""
         self.requests.labels(str(status)).inc()

@@ -1,17 +1,17 @@
-"""The scorer as a process: the model that serves now, and requests checked as the predictor checks them."""
+"""The scorer as a process: the models that serve now, and requests checked as the predictor checks them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 
 from features.contracts import Invalid
-from features.inputs import encode
 from features.usecase import Row, UseCase
-from pipelines.scorer import Scored, Scorer
+from pipelines.scorer import Scorer
 from services import wiring
+from services.arms import Arms
 from services.predict_request import Refused, RequestDecoder
 from services.serving_state import ModelSlot, Prior, Serving, follow
 from services.settings import Settings
@@ -20,7 +20,7 @@ STARTUP_S = 60.0
 
 
 def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer]:
-    """Partition -> scorer; all share one model, which follows `<uc>.models`."""
+    """Partition -> scorer; all share the models, which follow `<uc>.models`."""
     slot = ModelSlot(Serving(Prior(use_case.prior)))
     follow(settings, use_case, wiring.broker(settings), slot).wait_caught_up(STARTUP_S)
     decoder = RequestDecoder(use_case, allow_event_time=True, new_id=lambda: str(time.time_ns()))
@@ -32,8 +32,5 @@ def make_scorer(settings: Settings, use_case: UseCase) -> Callable[[int], Scorer
             raise Invalid("invalid", str(refused)) from None
         return asked.entities, asked.fields
 
-    def score(vectors: Sequence[Row]) -> Scored:
-        model = slot.serving.champion
-        return model.score(encode(model.inputs, vectors)).tolist(), model.version, "champion"
-
-    return lambda partition: Scorer(use_case, parse, score)
+    arms = Arms(use_case, slot)
+    return lambda partition: Scorer(use_case, parse, arms.answers)

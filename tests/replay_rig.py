@@ -18,7 +18,7 @@ from pipelines.broker import Record, clock_of
 from pipelines.featurizer import Featurizer
 from pipelines.joiner import Joiner
 from pipelines.memory_store import MemoryStore
-from pipelines.prediction import prediction_message
+from pipelines.prediction import Choice, prediction_message
 from pipelines.runner import CommitPolicy, Runner
 from services.progress import Progress
 from services.replay_session import Plan, Session
@@ -72,15 +72,13 @@ class Predictor:
             score = 0.2 + 0.1 * (row["event_time"] // MINUTE % 5)
             message = prediction_message(
                 self.case,
+                Choice(self.champion, 0, "champion", score, {}, {}),
                 request_id=row["request_id"],
                 event_time=row["event_time"],
                 keys=keys,
                 fields=row["fields"],
                 vector=vector,
                 schema=self.vectorizer.schema_id,
-                version=self.champion,
-                arm="champion",
-                score=score,
                 timestamp=row["event_time"],
                 sent=0,
             )

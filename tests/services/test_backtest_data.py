@@ -17,6 +17,7 @@ import pytest
 from features.usecase import UseCase, load
 from pipelines.broker import Record
 from pipelines.joiner import Joiner, predictions_contract
+from pipelines.prediction import Choice
 from pipelines.scorer import Scorer
 from pipelines.step import Due, Event
 from services import backtest_data, clickstream, source, timetable
@@ -33,7 +34,9 @@ SPRING = 1_767_225_600_000  # 2026-01-01, when the clicks begin
 def one_by_one(use_case: UseCase, events: Source, over: Range) -> dict[str, dict[str, Any]]:
     """Request id -> example, by the steps that live runs."""
     scorer = Scorer(
-        use_case, lambda entities, fields: (entities, fields), lambda vectors: ([0.5] * len(vectors), "", "")
+        use_case,
+        lambda entities, fields: (entities, fields),
+        lambda entities, vectors: [Choice("", 0, "champion", 0.5, {}, {})] * len(vectors),
     )
     decoder = backtest_data.RequestDecoder(use_case, allow_event_time=True, new_id=str)
     contracts, items = list(scorer.inputs.values()), []

@@ -5,13 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
+from pipelines.broker import Record
 from pipelines.onnx_model import OnnxModel, _session
 from pipelines.prediction import in_share
-from services.serving_state import Serving
+from pipelines.scorer import Scorer
+from pipelines.step import Due
+from services.arms import Arms
+from services.serving_state import ModelSlot, Serving
 from tests.models import save_model
 from tests.predict_rig import ROW, Service
+from tests.toy import use_case
+
+HOUR = 3_600_000
 
 
 def version(tmp_path: Path, name: str, **kind: Any) -> OnnxModel:
@@ -98,3 +107,23 @@ def test_models_that_read_different_features_are_scored_from_one_vector(service:
     answers(service, 1)
     assert service.records()[0][1]["shadow"]["4"] == pytest.approx(0.2809, abs=1e-4)  # sigmoid(-1 + .01 x 6.0)
     assert service.store.reads == 1
+
+
+def test_requests_on_the_topic_are_answered_by_the_same_arms(service: Service, tmp_path: Path) -> None:
+    serving = Serving(version(tmp_path, "3", bias=1.0), version(tmp_path, "4", bias=-1.0), 0.3)
+    service.slot.serving = serving
+    scorer = Scorer(use_case, lambda entities, fields: (entities, fields), Arms(use_case, ModelSlot(serving)).answers)
+    contracts, topic = list(scorer.inputs.values()), use_case.topic("requests")
+    asked = [row | {"event_time": HOUR + i} for i, row in enumerate(rows(200))]
+    values = [scorer.inputs[topic].decode(msgspec.json.encode(row)) for row in asked]
+    places = [(HOUR + i, list(scorer.inputs).index(topic), 0, i, HOUR + i) for i in range(200)]
+    records = [Record(topic, 0, i, HOUR, None, None) for i in range(200)]
+    streamed = scorer.process(Due(contracts, np.array(places), records, values), 2 * HOUR).messages
+    found = {r["request_id"]: r for r in (msgspec.json.decode(m.value or b"") for m in streamed)}
+    told = answers(service)
+    assert {a["arm"] for a in told} == {"champion", "canary"}
+    for answer in told:
+        record = found[answer["request_id"]]
+        assert (record["arm"], record["version"]) == (answer["arm"], answer["version"])
+        assert record["score"] == pytest.approx(answer["score"], abs=1e-6)
+        assert record["shadow"].keys() == {"3", "4"} - {answer["version"]} and len(record["score_ms"]) == 2
