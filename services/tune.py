@@ -321,7 +321,8 @@ def challenger(settings: Settings, task: Task, result: Result, ranks: int | None
     name, registry = task.plan.use_case, wiring.registry(settings)
     registry.set_settings(name, result["settings"]["best"])
     made = train(settings, name, ranks, unannounced=True)
-    return made.version, f"better than the settings used now: retrains use them from here on\n{made}"
+    ask = f"`penstock rollout {name} consider {made.version}` asks the controller whether it serves"
+    return made.version, f"better than the settings used now: retrains use them from here on\n{made}\n{ask}"
 
 
 def as_text(result: Result) -> str:
