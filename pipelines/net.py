@@ -300,7 +300,7 @@ def graph(net: Net, declared: ModelInputs, example: Inputs) -> bytes:
             output_names=["score"],
             dynamic_axes={name: {0: size} for name, size in zip([*names, "score"], sizes, strict=True)},
             opset_version=17,
-            custom_opsets={"ai.onnx.ml": NODE_OPSET},
+            custom_opsets={"ai.onnx.ml": NODE_OPSET} if net.trees.count else {},
             dynamo=False,
             do_constant_folding=False,  # ONNX Runtime folds when it loads; here it would merge and rename weights
         )
