@@ -190,10 +190,6 @@ class Contract:
         """Event time in epoch ms."""
         return int(getattr(value, self.time))
 
-    def json_schema(self) -> dict[str, Any]:
-        """The contract as JSON Schema, for producers."""
-        return {"title": self.name, "version": self.version, **msgspec.json.schema(self.struct)}
-
 
 def _epoch_ms(given: list[Any], name: str) -> list[int | None]:
     """`epoch_ms` of each that is not null."""

@@ -27,7 +27,7 @@ PROBE_TIMEOUT_S = 2.0
 DATABASES = ("airflow", "mlflow", "feast", "penstock")
 JVM = ("-Xmx512m", "-Xms128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dorg.apache.logging.log4j.level=WARN")
 NOBODY = 65534
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+CAP_DAC_READ_SEARCH = 2
 
 
 def services(settings: Settings, use_cases: list[str]) -> list[Service]:

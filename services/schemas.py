@@ -111,10 +111,14 @@ def _described(use_case: UseCase, contract: Contract | None) -> dict[str, Any]:
     """What a producer must know beside the fields."""
     if contract is None:
         return {}
-    key = f"Key: the value of {use_case.partition_key}. " if use_case.partition_key else ""
-    unique = f" `{contract.id}` is unique within {contract.dedupe}." if contract.id else ""
-    text = f"{key}Event time: `{contract.time}`, at most {contract.max_ahead} ahead of the record's timestamp.{unique}"
+    said = [
+        f"Version {contract.version} of the contract.",
+        f"Key: the value of {use_case.partition_key}." if use_case.partition_key else "",
+        f"Event time: `{contract.time}`, at most {contract.max_ahead} ahead of the record's timestamp.",
+        f"`{contract.id}` is unique within {contract.dedupe}." if contract.id else "",
+        f"At most {contract.max_bytes:,} bytes. Fields beyond these are ignored.",
+    ]
     return {
-        "description": f"{text} At most {contract.max_bytes:,} bytes. Fields beyond these are ignored.",
+        "description": " ".join(filter(None, said)),
         "bindings": {"kafka": {"partitions": use_case.partitions}},
     }

@@ -37,6 +37,12 @@ def validate(described: dict[str, Any], topic: str, value: Any) -> str:
     raise AssertionError(topic)
 
 
+def test_producers_are_told_what_fields_do_not_say() -> None:
+    told = document(load("clicks"))["channels"]["clicks.shown"]["description"]
+    assert told.startswith("Version 1 of the contract. Key: the value of user. Event time: `time`, ")
+    assert "`id` is unique within 1:00:00. At most 65,536 bytes." in told
+
+
 @pytest.mark.parametrize("name", ["flights", "clicks"])
 def test_every_topic_and_reference_is_there(name: str) -> None:
     described = document(load(name))
