@@ -23,8 +23,9 @@ class Feed:
 
     def __init__(self, broker: Broker, use_case: UseCase, source: Source, from_ms: int) -> None:
         self.topics = {contract.name: topic for topic, contract in use_case.event_topics.items()}
-        self.use_case, self.source, self.producer = use_case, source, broker.producer()
+        self.use_case, self.source = use_case, source
         self._tails = tails(broker, sorted(self.topics.values()))
+        self.producer = broker.producer()
         self.clock = _lowest(self._tails)
         self.position = max(from_ms, self.clock or 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -73,17 +74,16 @@ def replay(
     plan = Plan.of(from_, until, tick, requests)
     shown = Progress(plan.from_ms, plan.until_ms, progress)
     began = time.monotonic()
-    connected = broker(settings)
-    session = Session(settings, use_case, source, connected, plan, shown)
-    before = len(read_log(session.log.path))
-    try:
-        Lockstep(session, at_tick).run() if speed is None else Paced(session, speed).run()
-    except KeyboardInterrupt:
-        shown.line(f"stopped in the tick of {iso(session.now)}; the same command goes on from there")
-        raise
-    finally:
-        session.close()
-        connected.close()
+    with (
+        closing(broker(settings)) as connected,
+        closing(Session(settings, use_case, source, connected, plan, shown)) as session,
+    ):
+        before = len(read_log(session.log.path))
+        try:
+            Lockstep(session, at_tick).run() if speed is None else Paced(session, speed).run()
+        except KeyboardInterrupt:
+            shown.line(f"stopped in the tick of {iso(session.now)}; the same command goes on from there")
+            raise
     entries = read_log(session.log.path)[before:]
     return ReplayReport(
         session.start,

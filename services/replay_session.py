@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
@@ -68,20 +69,27 @@ class Session:
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
+        with ExitStack() as opened:  # what is open is closed when the next one can't be
+            self._connect(opened)
+            self.start = self._start()
+            self._opened = opened.pop_all()
+        self.logs = self.settings.home / "logs"
+        self.now = self.progress.start_ms = self.start
+
+    def _connect(self, opened: ExitStack) -> None:
         plan = self.plan
         self.http = plan.requests == "http"
         self.feed = Feed(self.broker, self.use_case, self.source, plan.from_ms)
-        self.predictions = Followed(self.broker, self.use_case, "predictions")
-        self.requests = Followed(self.broker, self.use_case, "requests")
+        opened.callback(self.feed.producer.close)
+        self.predictions = opened.enter_context(closing(Followed(self.broker, self.use_case, "predictions")))
+        self.requests = opened.enter_context(closing(Followed(self.broker, self.use_case, "requests")))
         self.clocked = self.predictions if self.http else self.requests
-        self.models = Newest(self.broker, self.use_case.topic("models"))
-        self.client = PredictClient(
+        self.models = opened.enter_context(closing(Newest(self.broker, self.use_case.topic("models"))))
+        client = PredictClient(
             self.settings.predictor_url, deadline_s=plan.deadline_s, token=self.settings.predictor_token
         )
-        self.log = ReplayLog(log_path(self.settings, self.use_case.name))
-        self.logs = self.settings.home / "logs"
-        self.start = self._start()
-        self.now = self.progress.start_ms = self.start
+        self.client = opened.enter_context(closing(client))
+        self.log = opened.enter_context(closing(ReplayLog(log_path(self.settings, self.use_case.name))))
 
     def group(self, step: str) -> str:
         """The consumer group of a step."""
@@ -115,8 +123,7 @@ class Session:
 
     def close(self) -> None:
         """Give the connections back; what was sent stays sent."""
-        for part in (self.feed.producer, self.predictions, self.requests, self.models, self.client, self.log):
-            part.close()
+        self._opened.close()
 
 
 def wait_until(

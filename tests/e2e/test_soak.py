@@ -1,7 +1,6 @@
 """Kill -9 of a step or the broker at random moments of a replay of flights: what is left equals a calm run.
 
-One kill of each; in a soak PENSTOCK_SOAK_KILLS (default 50), drawn from PENSTOCK_SOAK_SEED (default 1), one in about
-six ticks.
+One kill of each, then PENSTOCK_SOAK_KILLS (default 50), drawn from PENSTOCK_SOAK_SEED (default 1): one in six ticks.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from services.source import source_of
 from services.topic_reader import read_all
 from tests.conftest import free_ports
 
-pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
 KILLS = int(os.environ.get("PENSTOCK_SOAK_KILLS", "50"))
 SEED = int(os.environ.get("PENSTOCK_SOAK_SEED", "1"))
 TICK = timedelta(minutes=15)
@@ -211,7 +210,7 @@ def online(settings: Settings, until: datetime) -> list[Any]:
     return rows
 
 
-@pytest.mark.parametrize("kills", [len(VICTIMS), pytest.param(KILLS, marks=pytest.mark.soak, id="soak")])
+@pytest.mark.parametrize("kills", [len(VICTIMS), KILLS])
 def test_kills_leave_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str], kills: int) -> None:
     def say(line: str) -> None:
         with capsys.disabled():
