@@ -88,15 +88,15 @@ def encode(declared: ModelInputs, vectors: Sequence[Mapping[str, Any]]) -> Input
 def encode_values(declared: ModelInputs, rows: Sequence[tuple[Any, ...]]) -> Inputs:
     """Rows of values, in the order of `declared.columns`, as a model's arrays; an id is the crc32 of `name=value`
     modulo the category's buckets, null is hashed like any value."""
-    n, width, place = len(rows), len(declared.numbers), declared.columns.index
+    n, width, place = len(rows), len(declared.numbers), declared.places
     numbers = np.array([row[:width] for row in rows], dtype=np.float64)
-    places = [(c.name, place(c.name), c.buckets) for c in declared.categories]
-    ids = [[bucket(name, row[at], buckets) for name, at, buckets in places] for row in rows]
-    lists = [[place(c) for c in s.columns] for s in declared.sequences]
+    hashed = [(c.name, place[c.name], c.buckets) for c in declared.categories]
+    ids = [[bucket(name, row[at], buckets) for name, at, buckets in hashed] for row in rows]
+    lists = [[place[c] for c in s.columns] for s in declared.sequences]
     with np.errstate(over="ignore"):
         return Inputs(
             numbers.reshape(n, width).astype(np.float32),
-            np.array(ids, dtype=np.int64).reshape(n, len(places)),
+            np.array(ids, dtype=np.int64).reshape(n, len(hashed)),
             tuple(
                 _ragged(s, ([row[at] or () for at in ats] for row in rows), n)
                 for s, ats in zip(declared.sequences, lists, strict=True)

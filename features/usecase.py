@@ -92,6 +92,11 @@ class ModelInputs:
         lists = (column for s in self.sequences for column in s.columns)
         return tuple(dict.fromkeys((*self.numbers, *(c.name for c in self.categories), *lists)))
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each of `columns` stands among them."""
+        return {name: place for place, name in enumerate(self.columns)}
+
 
 @dataclass(frozen=True)
 class UseCase:

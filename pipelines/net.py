@@ -24,7 +24,7 @@ from features.errors import InputError
 from features.inputs import Inputs
 from features.usecase import ModelInputs
 from pipelines.onnx_model import input_names, record_example
-from pipelines.trees import NODE_OPSET, Trees, put, taken
+from pipelines.trees import NODE_OPSET, Trees, node_weights, set_node_weights
 
 CLIP = 5.0  # standard deviations
 LEAST_VARIANCE = 1e-3  # of a signed log1p: a column that hardly moves must not be blown up
@@ -327,7 +327,7 @@ def refreshed(template: bytes, net: Net) -> bytes:
         values = weights[tensor.name.removeprefix("net.")].cpu().numpy()
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     for node in _trees(model):
-        put(net.trees.state_dict(), node)
+        set_node_weights(net.trees.state_dict(), node)
     return bytes(model.SerializeToString())
 
 
@@ -336,7 +336,7 @@ def weights_of(graph: bytes) -> dict[str, Tensor]:
     model = onnx.load_from_string(graph)
     arrays = {t.name.removeprefix("net."): onnx.numpy_helper.to_array(t).copy() for t in model.graph.initializer}
     found = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return found | {f"trees.{name}": weight for node in _trees(model) for name, weight in taken(node).items()}
+    return found | {f"trees.{name}": weight for node in _trees(model) for name, weight in node_weights(node).items()}
 
 
 def _trees(model: onnx.ModelProto) -> list[onnx.NodeProto]:

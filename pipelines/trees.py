@@ -56,7 +56,7 @@ class Trees(nn.Module):
 
         All nodes are compared at once, a feature's values of all rows side by side: a null is on the right of every
         threshold, and in the second copy of the features on the left of every one. In an ONNX graph all of it is one
-        node, which ONNX Runtime walks in compiled code; `put` gives it the weights.
+        node, which ONNX Runtime walks in compiled code; `set_node_weights` gives it its weights.
         """
         if torch.onnx.is_in_onnx_export():
             logits: Tensor = _Node.apply(numbers, self.count)  # type: ignore[no-untyped-call]
@@ -148,7 +148,7 @@ class _Node(torch.autograd.Function):
         return g.op("Squeeze", scores, g.op("Constant", value_t=torch.tensor([1])))
 
 
-def put(weights: Mapping[str, Tensor], node: onnx.NodeProto) -> None:
+def set_node_weights(weights: Mapping[str, Tensor], node: onnx.NodeProto) -> None:
     """Give a graph's node the weights of a state dictionary."""
     for attribute in node.attribute:
         if name := WEIGHTS.get(attribute.name):
@@ -158,8 +158,8 @@ def put(weights: Mapping[str, Tensor], node: onnx.NodeProto) -> None:
             attribute.CopyFrom(onnx.helper.make_attribute(attribute.name, value))
 
 
-def taken(node: onnx.NodeProto) -> dict[str, Tensor]:
-    """The weights that `put` has given."""
+def node_weights(node: onnx.NodeProto) -> dict[str, Tensor]:
+    """The weights that `set_node_weights` has given."""
     found, like = dict[str, Tensor](), Trees(0).state_dict()
     for attribute in node.attribute:
         if name := WEIGHTS.get(attribute.name):

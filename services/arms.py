@@ -36,13 +36,13 @@ def scored(model: Model, inputs: Inputs) -> Scored:
 class Arms:
     """What serves, asked for batches.
 
-    count : told the version and how many rows it has no score for, after each batch; and whether it is the champion
+    unscored : told, after each batch, a version, how many rows it has no score for, and whether it is the champion
     """
 
     def __init__(
-        self, use_case: UseCase, slot: ModelSlot, count: Callable[[str, int, bool], None] = lambda *_: None
+        self, use_case: UseCase, slot: ModelSlot, unscored: Callable[[str, int, bool], None] = lambda *_: None
     ) -> None:
-        self.use_case, self.slot, self.count = use_case, slot, count
+        self.use_case, self.slot, self.unscored = use_case, slot, unscored
         self._failed = ""
 
     def answers(self, entities: Sequence[Row], vectors: Sequence[Row]) -> list[Choice]:
@@ -81,7 +81,7 @@ class Arms:
     def _run(self, serving: Serving, vectors: Sequence[Row]) -> tuple[Scored, Scored | None]:
         inputs = encode(serving.champion.inputs, vectors)
         champion, challenger = scored(serving.champion, inputs), serving.challenger
-        self.count(champion.model.version, champion.scores.count(None), True)
+        self.unscored(champion.model.version, champion.scores.count(None), True)
         if challenger is None:
             return champion, None
         try:
@@ -92,5 +92,5 @@ class Arms:
                 log.error("the challenger fails, the champion answers", version=challenger.version, error=str(error))
                 self._failed = challenger.version
             second = Scored(challenger, [None] * len(vectors), None)
-        self.count(challenger.version, second.scores.count(None), False)
+        self.unscored(challenger.version, second.scores.count(None), False)
         return champion, second

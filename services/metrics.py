@@ -187,12 +187,12 @@ class PredictMetrics(_Catalogue):
             for view in vector.stale:
                 self.stale.labels(view).inc()
 
-    def scored(self, version: str, without: int, is_champion: bool) -> None:
-        """Count a model's rows without a score."""
+    def unscored(self, version: str, rows: int, is_champion: bool) -> None:
+        """Count rows that a model has no score for."""
         if is_champion:
-            self.nan_scores.inc(without)
+            self.nan_scores.inc(rows)
         else:
-            self.shadow_failures.labels(version).inc(without)
+            self.shadow_failures.labels(version).inc(rows)
 
     def replied(self, status: int, seconds: float) -> None:
         """Count a request."""

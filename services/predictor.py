@@ -59,7 +59,7 @@ class Predictor:
         self.simulated_time, self.drops = settings.allow_event_time, settings.spool_when_full == "drop"
         self.clock, self.metrics, self.unserved = clock, metrics, unserved
         self.vectorizer = Vectorizer(use_case)
-        self.arms = Arms(use_case, slot, metrics.scored)
+        self.arms = Arms(use_case, slot, metrics.unscored)
         self._store_again_at = 0.0
 
     def answer(self, rows: Sequence[Asked]) -> Answers[Answered]:
@@ -75,17 +75,8 @@ class Predictor:
         choices = self.arms.answers([row.entities for row in rows], [v.features for v in vectors])
         answers, messages = [], []
         for row, k, at, vector, choice in zip(rows, keys, times, vectors, choices, strict=True):
-            answers.append(
-                Answered(
-                    row.request_id,
-                    choice.score,
-                    choice.version,
-                    choice.arm,
-                    choice.refresh,
-                    vector.missing,
-                    vector.stale,
-                )
-            )
+            empty = vector.missing, vector.stale
+            answers.append(Answered(row.request_id, choice.score, choice.version, choice.arm, choice.refresh, *empty))
             message = prediction_message(
                 self.use_case,
                 choice,
@@ -109,7 +100,7 @@ class Predictor:
         scores = list[float | None]()
         for model, same in groupby(rows, key=itemgetter(0)):
             scores += scored(model, encode_values(model.inputs, [values for _, values in same])).scores
-        self.metrics.scored("", scores.count(None), True)
+        self.metrics.nan_scores.inc(scores.count(None))
         return [self.use_case.prior if score is None else score for score in scores], True
 
     def _log(self, messages: Sequence[Message]) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from features.errors import InputError, UnavailableError
 from pipelines.broker import Message
+from services.feed import Followed
 from services.lockstep import Lockstep
 from services.paced import Paced
 from services.replay_log import log_path, read_log
@@ -217,3 +218,22 @@ def test_a_bad_range_is_refused(from_: int, until: int, tick: int, message: str)
 def test_wait_until_names_what_is_lacking() -> None:
     with pytest.raises(UnavailableError, match=r"the sun \(waited 0 s\)"):
         wait_until(lambda: False, lambda: "the sun", 0.01)
+
+
+def test_what_is_open_is_closed_when_the_next_connection_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would try again for ever."""
+    closed: list[str] = []
+
+    def refuse(*_: Any) -> None:
+        raise UnavailableError("the broker is away")
+
+    broker = MemoryBroker()
+    with loop(broker, tmp_path) as (settings, _):
+        producer = broker.producer()
+        monkeypatch.setattr(producer, "close", lambda: closed.append("producer"))
+        monkeypatch.setattr(broker, "producer", lambda: producer)
+        monkeypatch.setattr(Followed, "close", lambda self: closed.append("followed"))
+        monkeypatch.setattr("services.replay_session.Newest", refuse)
+        with pytest.raises(UnavailableError, match="away"):
+            session(broker, settings, END)
+    assert closed == ["followed", "followed", "producer"]
