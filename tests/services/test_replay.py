@@ -229,11 +229,12 @@ def test_what_is_open_is_closed_when_the_next_connection_fails(tmp_path: Path, m
 
     broker = MemoryBroker()
     with loop(broker, tmp_path) as (settings, _):
-        producer = broker.producer()
-        monkeypatch.setattr(producer, "close", lambda: closed.append("producer"))
-        monkeypatch.setattr(broker, "producer", lambda: producer)
-        monkeypatch.setattr(Followed, "close", lambda self: closed.append("followed"))
-        monkeypatch.setattr("services.replay_session.Newest", refuse)
-        with pytest.raises(UnavailableError, match="away"):
-            session(broker, settings, END)
+        pass  # its steps have ended: what is patched below is the session's alone
+    producer = broker.producer()
+    monkeypatch.setattr(producer, "close", lambda: closed.append("producer"))
+    monkeypatch.setattr(broker, "producer", lambda: producer)
+    monkeypatch.setattr(Followed, "close", lambda self: closed.append("followed"))
+    monkeypatch.setattr("services.replay_session.Newest", refuse)
+    with pytest.raises(UnavailableError, match="away"):
+        session(broker, settings, END)
     assert closed == ["followed", "followed", "producer"]
