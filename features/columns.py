@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,16 @@ from numpy.typing import NDArray
 
 from features.contracts import Contract
 from features.errors import ConfigError
+from features.json_events import Bytes
 from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints, enter, look_up
+from features.texts import UNKNOWN, Texts
+from features.values import Span, Values
 from features.windows import RAW, SCALED, as_ordered, is_null
 
 Columns = dict[str, NDArray[Any]]
 Udf = Callable[[Columns], Columns]
 LARGEST = 2**40  # of a summed number, scaled: eight million of them in one window can't overflow
 SWEEP_AT = 65_536
-UNKNOWN = -2
 
 
 class Coder(dict[Any, int]):
@@ -31,6 +32,7 @@ class Coder(dict[Any, int]):
         self.used = 0
         self.free: list[int] = []
         self.sweep_at = SWEEP_AT
+        self.texts = Texts()
         self._index()
 
     def __missing__(self, value: Any) -> int:
@@ -78,6 +80,16 @@ class Coder(dict[Any, int]):
             codes[unknown] = given[which]
         return codes
 
+    def encode_texts(self, data: Bytes, starts: Ints, ends: Ints) -> Ints:
+        """The same for texts that lie in bytes; NULL for a start is null."""
+        codes = self.texts.look_up(data, starts, ends)
+        if len(unknown := np.flatnonzero(codes == UNKNOWN)):
+            starts, ends = starts[unknown], ends[unknown]
+            given = [bytes(data[a:b]).decode() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+            codes[unknown] = self.encode(given)
+            self.texts.enter(data, starts, ends, codes[unknown])
+        return codes
+
     def code_of(self, value: Any, unknown: int) -> int:
         """A value's code; `unknown` when it has none, and gets none."""
         code = self.get(value)
@@ -115,6 +127,7 @@ class Coder(dict[Any, int]):
             self.free.append(code)
         if gone.any():
             self._index()
+            self.texts = Texts()
         self.sweep_at = max(SWEEP_AT, 2 * (self.used - len(self.free)))
 
     def snapshot(self) -> list[Any]:
@@ -133,24 +146,23 @@ class Coder(dict[Any, int]):
 class Source(Columns):
     """The events of one contract as columns, each made when it is first asked for."""
 
-    def __init__(self, contract: Contract, values: Sequence[Any]) -> None:
+    def __init__(self, contract: Contract, values: Values) -> None:
         super().__init__()
-        self.contract, self.events = contract, values
+        self.contract, self.carried = contract, values
 
     def __missing__(self, name: str) -> NDArray[Any]:
-        field = next((f for f in self.contract.fields if f.name == name), None)
-        if field is None:
+        if name not in self.contract.names:
             raise ConfigError(f"no column {name!r}: contract {self.contract.name} has {self.contract.names}")
-        self[name] = made = column(self.values_of(name), field.type, field.optional)
+        self[name] = made = self.carried.column(self.contract.field(name))
         return made
+
+    def texts(self, name: str) -> Span | None:
+        """The bytes in which the texts of a field lie, where they are known."""
+        return self.carried.texts(name) if name in self.contract.names else None
 
     def whole(self, name: str) -> bool:
         """Whether a field is always an integer."""
         return any(f.name == name and f.type in (int, "time") and not f.optional for f in self.contract.fields)
-
-    def values_of(self, name: str) -> list[Any]:
-        """A field's plain values."""
-        return list(map(attrgetter(name), self.events))
 
 
 class Prepared:
@@ -168,10 +180,7 @@ class Prepared:
 
     def codes(self, name: str) -> Ints:
         """A column's values as codes."""
-        made = self._made.get((name, "codes"))
-        if made is None:
-            made = self._made[name, "codes"] = self._codes(name)
-        return made
+        return self._once(name, "codes", self._codes)
 
     def _codes(self, name: str) -> Ints:
         if name in self.derived or self.source.whole(name):
@@ -179,27 +188,34 @@ class Prepared:
             if column.dtype == np.int64:
                 return self.coder.encode_integers(column)
             return self.coder.encode(column.tolist())
-        return self.coder.encode(self.source.values_of(name))
+        if (span := self.source.texts(name)) is not None:
+            return self.coder.encode_texts(*span)
+        return self.coder.encode(self.source.carried.plain(name))
 
     def matrix(self, names: tuple[str, ...]) -> Ints:
         """[n, keys] the codes of several columns."""
         if not names:
-            return np.zeros((len(self.source.events), 0), np.int64)
+            return np.zeros((len(self.source.carried), 0), np.int64)
         return np.stack([self.codes(name) for name in names], axis=1)
 
     def read(self, name: str, mode: str) -> Ints:
         """A column as integers with NULL for null: scaled, raw, or only whether it is there."""
-        if mode == RAW:
-            return self._once(name, mode, self._raw)
-        return self._once(name, mode, lambda c: self._scaled(name, c) if mode == SCALED else _there(c))
+        return self._once(name, mode, {RAW: self._raw, SCALED: self._scaled}.get(mode, self._there))
 
-    def _once(self, name: str, mode: str, make: Callable[[NDArray[Any]], Ints]) -> Ints:
+    def _once(self, name: str, mode: str, make: Callable[[str], Ints]) -> Ints:
         made = self._made.get((name, mode))
         if made is None:
-            made = self._made[name, mode] = make(self.column(name))
+            made = self._made[name, mode] = make(name)
         return made
 
-    def _raw(self, raw: NDArray[Any]) -> Ints:
+    def _is_text(self, name: str) -> bool:
+        """Whether its codes are had without its values."""
+        return name not in self.derived and self.source.texts(name) is not None
+
+    def _raw(self, name: str) -> Ints:
+        if self._is_text(name):
+            return np.where(self.codes(name) < 0, NULL, self.codes(name))
+        raw = self.column(name)
         kind = kind_of(raw)
         if kind == INTEGER:
             return raw.astype(np.int64)
@@ -208,8 +224,13 @@ class Prepared:
         codes = self.coder.encode(raw.tolist())
         return np.where(codes < 0, NULL, codes)
 
-    def _scaled(self, name: str, raw: NDArray[Any]) -> Ints:
+    def _there(self, name: str) -> Ints:
+        nulls = self.codes(name) < 0 if self._is_text(name) else is_null(self.column(name))
+        return np.where(nulls, NULL, 0)
+
+    def _scaled(self, name: str) -> Ints:
         """Whole numbers. An event whose value is too large, or not whole when scaled, is refused."""
+        raw = self.column(name)
         if raw.dtype == object:
             raw = np.array([np.nan if v is None else v for v in raw], np.float64)
         scale = 10 ** self.decimals.get(name, 0)
@@ -229,21 +250,6 @@ class Prepared:
         for i in np.flatnonzero(bad).tolist():
             self.refused[i] = f"{name} = {raw[i]!r} can't be summed: too large, or a fraction without `decimals`"
         return np.where(null, NULL, whole) if null.any() else whole
-
-
-def _there(raw: NDArray[Any]) -> Ints:
-    return np.where(is_null(raw), NULL, 0)
-
-
-def column(values: list[Any], kind: Any, optional: bool) -> NDArray[Any]:
-    """Values of one field as an array: int64, float64 with NaN for null, or objects with None."""
-    if kind in (int, bool, "time", float):
-        if not optional:
-            return np.array(values, np.float64 if kind is float else np.int64)
-        return np.array([np.nan if v is None else v for v in values], np.float64)
-    out = np.empty(len(values), object)
-    out[:] = values
-    return out
 
 
 def kind_of(raw: NDArray[Any]) -> int:

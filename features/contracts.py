@@ -89,7 +89,9 @@ class Contract:
         for what in (self.time, self.id):
             if what is not None and what not in names:
                 raise ConfigError(f"contract {self.name}: {what!r} is not one of its fields {names}")
-        if self._field(self.time).type != "time":
+        if self.id is not None and self.field(self.id).optional:
+            raise ConfigError(f"contract {self.name}: the id field {self.id!r} can't be optional")
+        if self.field(self.time).type != "time":
             raise ConfigError(f"contract {self.name}: the time field {self.time!r} must have type 'time'")
 
     @property
@@ -101,7 +103,8 @@ class Contract:
         """Names of the fields that every event has."""
         return frozenset(f.name for f in self.fields if not f.optional)
 
-    def _field(self, name: str) -> Field:
+    def field(self, name: str) -> Field:
+        """The field of this name."""
         return next(f for f in self.fields if f.name == name)
 
     @cached_property
@@ -154,18 +157,14 @@ class Contract:
         return [self._tried(raw) for raw in raws]
 
     def unknown(self, raws: Iterable[bytes]) -> int:
-        """How many of these valid records carry fields that are not the contract's; they are ignored.
-
-        All are looked through when the first one carries some, which costs as much as decoding them.
-        """
-        rest = iter(raws)
-        first = None if self.partial else next(rest, None)
-        if first is None or self._is_known(first):
-            return 0
-        return 1 + sum(not self._is_known(raw) for raw in rest)
+        """How many of these valid records carry fields that are not the contract's; they are ignored."""
+        return 0 if self.partial else sum(not self._is_known(raw) for raw in raws)
 
     def _is_known(self, raw: bytes) -> bool:
-        return _decode_names(raw).keys() <= self._names
+        try:
+            return _decode_names(raw).keys() <= self._names
+        except UnicodeDecodeError:
+            return False  # a name that isn't text, which decoding passes over
 
     @cached_property
     def _names(self) -> frozenset[str]:

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.columns import Coder, Prepared, Source, Udf, kind_of
-from features.contracts import Contract
+from features.contracts import Contract, Field
 from features.errors import ConfigError, StateError
 from features.kernel import INTEGER, Input, Ints, rehash, rehash_known
 from features.timers import DUE, KEY, UNTIL, Derived, Operations, TimerRule, Timers
 from features.usecase import UseCase
+from features.values import Structs, Values, read_values
 from features.vectors import join_keys
 from features.windows import Aggregate, ViewRows, ViewWindows, compile_view, pack, unpack
 
@@ -34,13 +35,14 @@ class Applied(NamedTuple):
 class Events:
     """Events in the order they count.
 
-    names : of contracts; kind : [n] which of them each event is of
-    values : structs; times, applied : [n] epoch ms
+    names : of contracts; kind : [n] which of them each event is of; rows : [n] its place among the contract's values
+    values : of each contract; times, applied : [n] epoch ms
     """
 
     names: tuple[str, ...]
     kind: Ints
-    values: list[Any]
+    rows: Ints
+    values: Sequence[Values]
     times: Ints
     applied: Ints
 
@@ -49,18 +51,25 @@ class Events:
         names = tuple(sorted({e.contract for e in events}))
         kind = np.array([names.index(e.contract) for e in events], np.int64)
         times, applied = (np.array([e[i] for e in events], np.int64) for i in (2, 3))
-        return cls(names, kind, [e.value for e in events], times, applied)
+        values = [Structs([e.value for e in events if e.contract == name]) for name in names]
+        rows = np.zeros(len(events), np.int64)
+        for i in range(len(names)):
+            rows[kind == i] = np.arange(len(values[i]))
+        return cls(names, kind, rows, values, times, applied)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.kind)
 
     def where(self, name: str) -> Ints:
         """Positions of a contract's events."""
         return np.flatnonzero(self.kind == self.names.index(name)) if name in self.names else np.zeros(0, np.int64)
 
     def take(self, keep: NDArray[np.bool_]) -> Events:
-        values = [self.values[i] for i in np.flatnonzero(keep).tolist()]
-        return Events(self.names, self.kind[keep], values, self.times[keep], self.applied[keep])
+        return Events(self.names, self.kind[keep], self.rows[keep], self.values, self.times[keep], self.applied[keep])
+
+    def values_at(self, name: str, at: Ints) -> Values:
+        """Values of a contract's events at these positions."""
+        return self.values[self.names.index(name)].take(self.rows[at])
 
 
 class Refusal(NamedTuple):
@@ -119,7 +128,7 @@ class Engine:
                 raise ConfigError(
                     f"view {view.name}: {wrong[0]!r}: of rows that timers take back only {', '.join(MIXABLE)}"
                 )
-        columns = Prepared(Source(contract, []), udf, Coder(), {})
+        columns = Prepared(Source(contract, Structs([])), udf, Coder(), {})
         kinds = {a.column: kind_of(columns.column(a.column)) for a in aggregates}
         decimals = _decimals(contract)
         windows = ViewWindows(aggregates, len(keys), kinds, decimals)
@@ -221,8 +230,7 @@ class Engine:
         for name, contract in self.contracts.items():
             at = events.where(name)
             if len(at):
-                values = events.values if len(at) == len(events) else [events.values[i] for i in at.tolist()]
-                parts[name] = Part(at, Source(contract, values))
+                parts[name] = Part(at, Source(contract, events.values_at(name, at)))
         wanted = dict.fromkeys((v.contract.name, v.udf) for v in self.views if v.rule is None)
         wanted |= dict.fromkeys((name, at) for rule in self.rules for name, at in rule.at.items())
         prepared = {
@@ -277,7 +285,7 @@ class Engine:
         return Operations(*(np.concatenate([op[k] for _, op in found])[order] for k in range(5)))
 
     def _cancels(self, part: Part, field: str, width: int, events: Events) -> Operations:
-        keys = self.coder.encode(part.source[field].tolist())
+        keys = Prepared(part.source, None, self.coder, {}).codes(field)
         none = np.full(len(keys), -1, np.int64)
         return Operations(keys, events.applied[part.positions], none, none, np.zeros((len(keys), width), np.int64))
 
@@ -352,6 +360,9 @@ def compile_kernels() -> None:
     plan = (Aggregate("n", "n", "count_distinct", 2, 1, 1, INTEGER),)
     windows, coder = ViewWindows(plan, 0, {"n": INTEGER}), Coder()
     coder.encode_integers(none)
+    coder.encode_texts(np.zeros(1, np.uint8), np.zeros(1, np.int64), np.ones(1, np.int64))
+    coder.texts.make_room(len(coder.texts.table), 0)
+    read_values(Contract("nothing", (Field("time", "time"),), "time"), [b""])
     windows.advance(Input(rows, none, none, none, np.zeros((1, 0), np.int64)), 0, coder.decode)
     windows.current(coder.decode)
     rehash(windows.plan, windows.state, none)

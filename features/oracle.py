@@ -13,6 +13,7 @@ from features.columns import Source
 from features.engine import Applied
 from features.timers import TimerRule
 from features.usecase import UseCase
+from features.values import Structs
 from features.vectors import join_keys
 from features.windows import Aggregate, compile_view
 
@@ -46,7 +47,7 @@ def _columns(use_case: UseCase, contract: str, udf: Any, own: Sequence[Applied])
     """The columns of each event of one contract."""
     if not own:
         return []
-    source = Source(use_case.contract(contract), [e.value for e in own])
+    source = Source(use_case.contract(contract), Structs([e.value for e in own]))
     columns = {name: source[name] for name in use_case.contract(contract).names} | (udf(source) if udf else {})
     return [{n: c[i] for n, c in columns.items()} for i in range(len(own))]
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from features.contracts import Contract, Invalid
+from features.contracts import Contract
 from features.kernel import Ints
+from features.values import Values, read_values, span_of
 from pipelines.broker import Record, TopicPartition, by_partition, clock_of
-from pipelines.step import Due
+from pipelines.seen import Seen
+from pipelines.step import APPLIED, OFFSET, PARTITION, ROW, TIME, TOPIC, Due, Table
 
 COUNTED = ("counted_late", "unknown_fields")  # events that count all the same
 
@@ -47,36 +48,12 @@ class Partition:
         return max(self.seen, self.clock or 0)
 
 
-class Seen(dict[Any, int]):
-    """Ids of one contract, and the instant at which each was first met; those within the dedupe horizon count."""
-
-    def repeated(self, ids: list[Any], taken: Taken, partition: Partition) -> list[int]:
-        """Which of a partition's next events were met before; the others are noted."""
-        if len(set(ids)) == len(ids) and self.keys().isdisjoint(ids):
-            self.update(zip(ids, np.maximum(taken.times, taken.marks(partition)).tolist(), strict=True))
-            return []
-        repeated, seen, horizon, slack = [], partition.seen, _ms(partition.contract.dedupe), partition.slack
-        for i, (id, time, clock) in enumerate(zip(ids, taken.times.tolist(), taken.clocks.tolist(), strict=True)):
-            mark = max(seen, clock)
-            if self.get(id, -1) >= max(0, mark - horizon):
-                repeated.append(i)
-                continue
-            self.pop(id, None)
-            self[id], seen = max(time, mark), max(seen, time - slack)
-        return repeated
-
-    def forget(self, before: int) -> None:
-        """Drop the oldest."""
-        for id in list(takewhile(lambda id: self[id] < before, self)):
-            del self[id]
-
-
 @dataclass(slots=True)
 class Taken:
-    """Events of one partition as they were read: their structs, and the clock record in force at each."""
+    """Events of one partition as they were read, and the clock record in force at each."""
 
-    records: list[Record]
-    values: list[Any]
+    records: Sequence[Record]
+    values: Values
     clocks: Ints
     times: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     refused: list[Refused] = field(default_factory=list)
@@ -86,14 +63,9 @@ class Taken:
         if not bad:
             return
         self.refused += [Refused(self.records[i], *why) for i, why in bad.items()]
-        self.records, self.values = (
-            [x for i, x in enumerate(xs) if i not in bad] for xs in (self.records, self.values)
-        )
-        self.clocks = np.delete(self.clocks, list(bad))
-        self.times = np.delete(self.times, list(bad) if len(self.times) else [])
-
-    def column(self, of: Iterable[int]) -> Ints:
-        return np.fromiter(of, np.int64, len(self.records))
+        kept = np.delete(np.arange(len(self.records)), list(bad))
+        self.records, self.values = [self.records[i] for i in kept.tolist()], self.values.take(kept)
+        self.clocks, self.times = self.clocks[kept], self.times[kept] if len(self.times) else self.times
 
     def marks(self, partition: Partition) -> Ints:
         """The partition's watermark before each."""
@@ -114,10 +86,11 @@ class Intake:
 
     def __init__(self, inputs: Mapping[TopicPartition, Contract]) -> None:
         self.partitions = {tp: Partition(contract) for tp, contract in inputs.items()}
-        self.seen = {contract.name: Seen() for contract in inputs.values()}
+        self.seen = {contract.name: Seen(_ms(contract.dedupe)) for contract in inputs.values()}
         self.topics = {topic: i for i, topic in enumerate(sorted({topic for topic, _ in inputs}))}
         self.contracts = [next(c for (t, _), c in inputs.items() if t == topic) for topic in self.topics]
-        self.pending = Due(self.contracts)
+        self.nothing = [Table([], read_values(contract, []).values) for contract in self.contracts]
+        self.pending = Due(self.contracts, self.nothing)
         self.watermark = 0
         self.counts: Counter[str] = Counter()
 
@@ -134,11 +107,11 @@ class Intake:
         self._move(idle, quiet_ms)
         self.watermark = max(self.watermark, at_least)
         pending = self.pending.joined([due for due, _ in taken])
-        ready = int(np.searchsorted(pending.places[:, 0], self.watermark))
+        ready = int(np.searchsorted(pending.places[:, APPLIED], self.watermark))
         self.pending = pending[ready:]
         for name, seen in self.seen.items():
             own = [p for p in self.partitions.values() if p.contract.name == name]
-            seen.forget(min(p.watermark for p in own) - _ms(own[0].contract.dedupe))
+            seen.forget(min(p.watermark for p in own) - seen.horizon)
         return pending[:ready], [r for _, refused in taken for r in refused]
 
     def _take(self, tp: TopicPartition, records: Sequence[Record]) -> tuple[Due, list[Refused]]:
@@ -146,41 +119,39 @@ class Intake:
         partition = self.partitions[tp]
         taken = self._checked(partition, records)
         marks, times = taken.marks(partition), taken.times
-        places = np.empty((len(times), 5), np.int64)
-        places[:, 0] = np.maximum(np.maximum(times, marks), self.watermark)
-        places[:, 1:3] = self.topics[tp[0]], tp[1]
-        places[:, 3] = taken.column(r.offset for r in taken.records)
-        places[:, 4] = times
+        applied = np.maximum(np.maximum(times, marks), self.watermark)
         partition.seen = max(partition.seen, int(times.max(initial=0)) - partition.slack)
         self.counts.update(r.reason for r in taken.refused)
         self.counts["counted_late"] += int((times < marks).sum())
-        return Due(self.contracts, places, taken.records, taken.values), taken.refused
+        return self._due(tp, applied, Table(taken.records, taken.values), times), taken.refused
+
+    def _due(self, tp: TopicPartition, applied: Ints, table: Table, times: Ints) -> Due:
+        """Events of one partition."""
+        topic = self.topics[tp[0]]
+        places = np.empty((len(times), 6), np.int64)
+        places[:, APPLIED], places[:, TOPIC], places[:, PARTITION], places[:, TIME] = applied, topic, tp[1], times
+        places[:, OFFSET] = np.fromiter(map(attrgetter("offset"), table.records), np.int64, len(times))
+        places[:, ROW] = np.arange(len(times))
+        return Due(self.contracts, [table if i == topic else none for i, none in enumerate(self.nothing)], places)
 
     def _checked(self, partition: Partition, records: Sequence[Record]) -> Taken:
         """The events among the records, without those that are refused."""
-        contract, events, clocks = partition.contract, [], []
-        for record in records:
-            if record.value is None and (clock := clock_of(record)) is not None:
-                partition.clock = max(clock, partition.clock or 0)
-            else:
-                events.append(record)
-                clocks.append(partition.clock or 0)
-        taken = Taken(events, contract.decode_many([r.value for r in events]), np.array(clocks, np.int64))
-        taken.refuse({i: (v.reason, v.detail) for i, v in enumerate(taken.values) if isinstance(v, Invalid)})
-        self.counts["unknown_fields"] += contract.unknown(r.value for r in taken.records if r.value)
-        taken.times = taken.column(
-            (r.timestamp for r in taken.records)
-            if contract.by_arrival
-            else map(attrgetter(contract.time), taken.values)
-        )
-        ahead = taken.times - taken.column(r.timestamp for r in taken.records)
+        contract = partition.contract
+        events, clocks = _clocked(partition, records)
+        read = read_values(contract, [r.value for r in events])
+        taken = Taken(events, read.values, clocks)
+        taken.refuse({i: (invalid.reason, invalid.detail) for i, invalid in read.bad.items()})
+        self.counts["unknown_fields"] += read.unknown
+        taken.times, arrived = _times(contract, taken.records, taken.values)
+        ahead = taken.times - arrived
         future = np.flatnonzero(ahead > _ms(contract.max_ahead)).tolist()
         late = "event time is {:.0f} s ahead of the record's timestamp"
         taken.refuse({i: ("future", late.format(ahead[i] / 1000)) for i in future})
         if contract.id:
-            ids, seen = list(map(attrgetter(contract.id), taken.values)), self.seen[contract.name]
-            repeated = seen.repeated(ids, taken, partition)
-            taken.refuse({i: ("duplicate", f"{contract.id} {ids[i]!r} was seen before") for i in repeated})
+            ids, known = span_of(taken.values, contract.id), self.seen[contract.name]
+            repeated = known.repeated(ids, taken.times, taken.clocks, partition.seen, partition.slack)
+            again = zip(repeated.tolist(), taken.values.take(repeated).plain(contract.id), strict=True)
+            taken.refuse({i: ("duplicate", f"{contract.id} {id!r} was seen before") for i, id in again})
         taken.refused.sort(key=lambda r: r.record.offset)
         return taken
 
@@ -195,8 +166,11 @@ class Intake:
         return {
             "watermark": self.watermark,
             "partitions": [[t, p, s.seen, s.clock] for (t, p), s in self.partitions.items()],
-            "seen": {name: [(time, id) for id, time in s.items()] for name, s in self.seen.items()},
-            "pending": [[e.applied, *msgspec.structs.astuple(e.record)] for e in self.pending if e.record],
+            "seen": {name: seen.snapshot() for name, seen in self.seen.items()},
+            "pending": [
+                [applied, *msgspec.structs.astuple(record)]
+                for applied, record in zip(self.pending.places[:, APPLIED].tolist(), self.pending.records, strict=True)
+            ],
             "counts": dict(self.counts),
         }
 
@@ -206,19 +180,39 @@ class Intake:
             if (topic, p) in self.partitions:
                 self.partitions[topic, p].seen, self.partitions[topic, p].clock = seen, clock
         for name, order in data["seen"].items():
-            self.seen[name] = Seen({id: time for time, id in order})
+            self.seen[name].restore(order)
         records = [msgspec.convert(packed, Record) for _, *packed in data["pending"]]
-        topics = [self.topics[r.topic] for r in records]
-        values = [self.contracts[t].decode(r.value) for t, r in zip(topics, records, strict=True)]
-        places = [
-            (applied, t, r.partition, r.offset, _time(self.contracts[t], r, value))
-            for (applied, *_), t, r, value in zip(data["pending"], topics, records, values, strict=True)
-        ]
-        self.pending = Due(self.contracts, np.array(places, np.int64).reshape(-1, 5), records, values)
+        applied = {(r.topic, r.partition, r.offset): at for (at, *_), r in zip(data["pending"], records, strict=True)}
+        self.pending = Due(self.contracts, self.nothing).joined(
+            [self._waiting(tp, own, applied) for tp, own in by_partition(records).items()]
+        )
+
+    def _waiting(self, tp: TopicPartition, records: list[Record], applied: Mapping[Any, int]) -> Due:
+        """Events of one partition that were taken in before."""
+        contract = self.contracts[self.topics[tp[0]]]
+        values = read_values(contract, [r.value for r in records]).values
+        instants = np.array([applied[*tp, r.offset] for r in records], np.int64)
+        return self._due(tp, instants, Table(records, values), _times(contract, records, values)[0])
 
 
-def _time(contract: Contract, record: Record, value: Any) -> int:
-    return record.timestamp if contract.by_arrival else contract.time_of(value)
+def _clocked(partition: Partition, records: Sequence[Record]) -> tuple[Sequence[Record], Ints]:
+    """The events among records, and the clock record in force at each."""
+    if all([r.value for r in records]):  # noqa: C419 (a generator takes four times as long)
+        return records, np.full(len(records), partition.clock or 0)
+    events, clocks = [], []
+    for record in records:
+        if record.value is None and (clock := clock_of(record)) is not None:
+            partition.clock = max(clock, partition.clock or 0)
+        else:
+            events.append(record)
+            clocks.append(partition.clock or 0)
+    return events, np.array(clocks, np.int64)
+
+
+def _times(contract: Contract, records: Sequence[Record], values: Values) -> tuple[Ints, Ints]:
+    """Event times, and timestamps (epoch ms)."""
+    arrived = np.fromiter(map(attrgetter("timestamp"), records), np.int64, len(records))
+    return arrived if contract.by_arrival else values.column(contract.field(contract.time)), arrived
 
 
 def _ms(duration: timedelta) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -257,24 +257,24 @@ def _varint(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
 def _find_records(data: NDArray[np.uint8], at: int, found: Ints) -> int:
     """Where the records of a batch are, which begin at `at`; returns where they end, -1 when they are malformed.
 
-    found : [n, 8] for each its timestamp and offset less the batch's, where its key begins and its length, the same of
+    found : [8, n] for each its timestamp and offset less the batch's, where its key begins and its length, the same of
         its value (length below 0: null), the number of its headers and where they begin
     """
-    for i in range(len(found)):
+    for i in range(found.shape[1]):
         length, at = _varint(data, at)
         end = at + length
         if length < 0 or end > len(data):
             return -1
-        found[i, 0], at = _varint(data, at + 1)
-        found[i, 1], at = _varint(data, at)
+        found[0, i], at = _varint(data, at + 1)
+        found[1, i], at = _varint(data, at)
         for j in (2, 4):
-            found[i, j + 1], found[i, j] = _varint(data, at)
-            at = found[i, j] + max(0, found[i, j + 1])
+            found[j + 1, i], found[j, i] = _varint(data, at)
+            at = found[j, i] + max(0, found[j + 1, i])
             if at > end:
                 return -1
-        found[i, 6], at = _varint(data, at)
-        found[i, 7] = at
-        for _ in range(2 * found[i, 6]):
+        found[6, i], at = _varint(data, at)
+        found[7, i] = at
+        for _ in range(2 * found[6, i]):
             size, at = _varint(data, at)
             at += max(0, size)
             if at > end:
@@ -286,28 +286,38 @@ def _find_records(data: NDArray[np.uint8], at: int, found: Ints) -> int:
 
 def compile_kernels() -> None:
     """Compile what consumers run, once per machine."""
-    _find_records(np.frombuffer(b"", np.uint8), 0, np.empty((0, 8), np.int64))
+    _find_records(np.frombuffer(b"", np.uint8), 0, np.empty((8, 0), np.int64))
 
 
 def _records(tp: TopicPartition, batch: Any) -> list[Record]:
     """A batch's records, found in one go: the client's own reader takes 8 to 15 us for each."""
-    data, found = bytes(iter(batch)._buffer), np.empty((batch.records_count, 8), np.int64)
+    data, found = bytes(iter(batch)._buffer), np.empty((8, batch.records_count), np.int64)
     if _find_records(np.frombuffer(data, np.uint8), batch._pos, found) != len(data):
         raise kafka_errors.CorruptRecordError(f"malformed record batch at offset {batch.base_offset} of {tp}")
-    found[:, 0] = batch.max_timestamp if batch.timestamp_type else found[:, 0] + batch.first_timestamp
-    found[:, 1] += batch.base_offset
-    return [
-        Record(
-            tp.topic,
-            tp.partition,
-            offset,
-            timestamp,
-            None if key_size < 0 else data[key : key + key_size],
-            None if size < 0 else data[value : value + size],
-            _headers(data, at, count) if count else (),
+    timestamps, offsets, key_at, key_size, value_at, value_size, headers, headers_at = found
+    timestamps = (
+        np.full_like(timestamps, batch.max_timestamp) if batch.timestamp_type else timestamps + batch.first_timestamp
+    )
+    return list(
+        map(
+            Record,
+            repeat(tp.topic),
+            repeat(tp.partition),
+            (offsets + batch.base_offset).tolist(),
+            timestamps.tolist(),
+            _parts(data, key_at, key_size),
+            _parts(data, value_at, value_size),
+            [_headers(data, at, n) if n else () for at, n in zip(headers_at.tolist(), headers.tolist(), strict=True)],
         )
-        for timestamp, offset, key, key_size, value, size, count, at in zip(*found.T.tolist(), strict=True)
-    ]
+    )
+
+
+def _parts(data: bytes, starts: Ints, sizes: Ints) -> Iterable[bytes | None]:
+    """Keys or values; null where the size is below 0."""
+    if (sizes < 0).all():
+        return repeat(None, len(sizes))
+    cut = [data[a:b] for a, b in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)]
+    return cut if sizes.min() >= 0 else [None if size < 0 else part for part, size in zip(cut, sizes, strict=True)]
 
 
 def _headers(data: bytes, at: int, count: int) -> Headers:

@@ -68,7 +68,7 @@ class Scorer:
         places = np.flatnonzero(others)
         out.rejected = [Rejection(events[int(places[r.position])], r.reason, r.detail) for r in refused]
         waiting = {name: Rows(name, rows.keys, rows.times, dict(rows.columns)) for name, rows in changed.items()}
-        asked = list(events.take(np.flatnonzero(~others)))
+        asked = list(events.take(~others))
         found = [a for e in asked if (a := self._vector(e, waiting, out))]
         self._apply(waiting, watermark)
         if found:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from features.contracts import Contract
 from features.engine import Events
 from features.kernel import Ints
+from features.values import Values
 from pipelines.broker import Message, Record
 
-NOWHERE = np.zeros((0, 5), np.int64)
+APPLIED, TOPIC, PARTITION, OFFSET, TIME, ROW = range(6)  # a place
+NOWHERE = np.zeros((0, 6), np.int64)
 
 
 @dataclass(slots=True)
@@ -34,26 +36,46 @@ class Event:
     record: Record | None = None
 
 
+@dataclass(slots=True)
+class Table:
+    """What was read of one topic: records, and what they carry."""
+
+    records: Sequence[Record]
+    values: Values
+
+    def take(self, rows: Ints) -> Table:
+        """Those of these rows."""
+        return Table([self.records[i] for i in rows.tolist()], self.values.take(rows))
+
+    def joined(self, other: Table) -> Table:
+        """These and others."""
+        if not self.records or not other.records:
+            return self if self.records else other
+        return Table([*self.records, *other.records], self.values.joined(other.values))
+
+
 class Due(Sequence[Event]):
     """Events in the order they count, one by one or in columns.
 
-    places : [n, 5] of each the instant from which it counts, its topic (by number), partition, offset and event time
-    records, values : [n] what was read, and decoded
+    contracts, tables : of each topic, by number; a table may hold more than is due
+    places : [n, 6] of each the instant from which it counts, its topic, partition, offset, event time, and its row in
+        the topic's table
     """
 
-    def __init__(
-        self, contracts: Sequence[Contract], places: Ints = NOWHERE, records: Sequence[Record] = (), values: Any = ()
-    ) -> None:
-        self._contracts, self.places, self.records, self.values = contracts, places, records, values
+    def __init__(self, contracts: Sequence[Contract], tables: Sequence[Table], places: Ints = NOWHERE) -> None:
+        self._contracts, self._tables, self.places = contracts, tables, places
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.places)
 
     def __iter__(self) -> Iterator[Event]:
-        for (applied, topic, partition, _, time), record, value in zip(
-            self.places.tolist(), self.records, self.values, strict=True
-        ):
-            yield Event(self._contracts[topic], value, time, applied, partition, record)
+        values: list[Any] = [None] * len(self)
+        for topic, table in enumerate(self._tables):
+            own = np.flatnonzero(self.places[:, TOPIC] == topic)
+            for i, value in zip(own.tolist(), table.values.take(self.places[own, ROW]).structs(), strict=True):
+                values[i] = value
+        for place, record, value in zip(self.places.tolist(), self.records, values, strict=True):
+            yield Event(self._contracts[place[TOPIC]], value, place[TIME], place[APPLIED], place[PARTITION], record)
 
     @overload
     def __getitem__(self, at: int) -> Event: ...
@@ -62,32 +84,48 @@ class Due(Sequence[Event]):
     def __getitem__(self, at: slice) -> Due: ...
 
     def __getitem__(self, at: int | slice) -> Event | Due:
-        if isinstance(at, slice):
-            return Due(self._contracts, self.places[at], self.records[at], self.values[at])
-        return next(iter(self.take(np.array([at]))))
+        return self.take(at) if isinstance(at, slice) else next(iter(self.take(np.array([at]))))
 
-    def take(self, at: Ints) -> Due:
+    def take(self, part: slice | Ints | NDArray[np.bool_]) -> Due:
         """Those at these positions."""
-        chosen = at.tolist()
-        return Due(
-            self._contracts, self.places[at], [self.records[i] for i in chosen], [self.values[i] for i in chosen]
-        )
+        return Due(self._contracts, self._tables, self.places[part])
+
+    @property
+    def records(self) -> Iterator[Record]:
+        """The record of each."""
+        return (self._tables[topic].records[row] for topic, row in self.places[:, [TOPIC, ROW]].tolist())
 
     def joined(self, others: Sequence[Due]) -> Due:
         """These and others, in order."""
-        parts = [self, *others]
-        records, values = [r for p in parts for r in p.records], [v for p in parts for v in p.values]
-        together = Due(self._contracts, np.concatenate([p.places for p in parts]), records, values)
-        return together.take(np.lexsort(together.places[:, 3::-1].T))
+        parts = [self._compact(), *others]
+        places = np.concatenate([p.places for p in parts])
+        tables, end = list(parts[0]._tables), len(parts[0])
+        for part in parts[1:]:
+            begin, end = end, end + len(part)
+            shift = np.array([len(table.records) for table in tables])
+            places[begin:end, ROW] += shift[places[begin:end, TOPIC]]
+            tables = [mine.joined(other) for mine, other in zip(tables, part._tables, strict=True)]
+        return Due(self._contracts, tables, places[np.lexsort(places[:, TIME - 1 :: -1].T)])
+
+    def _compact(self) -> Due:
+        """Without the rows of tables that are not among them."""
+        tables, places = list(self._tables), self.places.copy()
+        for topic, table in enumerate(self._tables):
+            own = np.flatnonzero(places[:, TOPIC] == topic)
+            if len(own) < len(table.records):
+                tables[topic], places[own, ROW] = table.take(places[own, ROW]), np.arange(len(own))
+        return Due(self._contracts, tables, places)
 
     def since(self, time: int) -> Due:
         """Those of event time `time` (epoch ms) or later."""
-        return self.take(np.flatnonzero(self.places[:, 4] >= time)) if time else self
+        return self.take(self.places[:, TIME] >= time) if time else self
 
     def columns(self) -> Events:
         """All of them for the engine."""
-        applied, topics, _, _, times = self.places.T
-        return Events(tuple(c.name for c in self._contracts), topics, list(self.values), times, applied)
+        applied, topics, _, _, times, rows = self.places.T
+        return Events(
+            tuple(c.name for c in self._contracts), topics, rows, [t.values for t in self._tables], times, applied
+        )
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from features.contracts import Contract, Invalid
 from features.engine import Applied
 from features.oracle import brute_force
 from features.usecase import UseCase
+from features.values import Structs
 from features.vectors import Vectorizer, join_keys
 from features.windows import compile_view
 from pipelines.broker import Broker, clock_of
@@ -82,7 +83,7 @@ class Recomputation:
         if rule:
             columns = {name: [getattr(e.value, name) for e in own] for name in names}
         else:
-            source = Source(contract, [e.value for e in own])
+            source = Source(contract, Structs([e.value for e in own]))
             columns = {name: source[name] for name in contract.names} | (view.udf(source) if view.udf and own else {})
         by_key: dict[Key, list[Applied]] = defaultdict(list)
         key_columns: Iterable[Key] = zip(*(columns[name] for name in names), strict=True) if names else [()] * len(own)

@@ -30,7 +30,10 @@ PARTS = ("kafka", "environment", "horovod", "project", "kernels")
 LOCK = ROOT / "requirements.lock"
 STAMP = VENV / "penstock.json"
 PYTHON = VENV / "bin/python"
-KERNELS = tuple(ROOT / name for name in ("features/kernel.py", "features/timers.py", "pipelines/kafka.py"))
+KERNELS = (
+    *(ROOT / "features" / name for name in ("kernel.py", "timers.py", "json_events.py", "texts.py")),
+    *(ROOT / "pipelines" / name for name in ("kafka.py", "seen.py")),
+)
 HEARTBEAT_S = 30.0
 BEGAN = time.monotonic()
 CUDA_ARCHITECTURES = "80,90"
@@ -252,7 +255,8 @@ def _kernels(stamp: dict[str, str], wanted: Mapping[str, str]) -> None:
         return
     _say("compiling the window engine")
     compile_all = (
-        "from features import engine; from pipelines import kafka; [m.compile_kernels() for m in (engine, kafka)]"
+        "from features import engine; from pipelines import kafka, seen;"
+        " [m.compile_kernels() for m in (engine, kafka, seen)]"
     )
     _run("kernels", [str(PYTHON), "-c", compile_all])
     _write_stamp(stamp, kernels=wanted["kernels"])

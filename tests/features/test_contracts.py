@@ -67,4 +67,5 @@ def test_records_with_fields_of_no_contract_are_counted() -> None:
     known, more = b'{"a": 1, "at": 5}', b'{"a": 1, "b": {"c": 2}, "at": 5}'
     contract = Contract("c", (Field("a", int), Field("at", "time")), time="at")
     assert [contract.unknown(raws) for raws in ([], [known], [more, known, more])] == [0, 0, 2]
+    assert contract.unknown([b'{"a": 1, "\x80": 2, "at": 5}']) == 1, "a name that isn't text ends nothing"
     assert replace(contract, partial=True).unknown([more]) == 0

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from features.usecase import UseCase, load
-from pipelines.broker import Record
 from pipelines.joiner import Joiner, predictions_contract
 from pipelines.prediction import Choice
 from pipelines.scorer import Scorer
-from pipelines.step import Due, Event
+from pipelines.step import Event
 from services import backtest_data, clickstream, source, timetable
 from services.backtest_data import DAY_MS, Range
 from services.progress import Progress
 from services.source import Source
+from tests.due import due
 from tests.replay_rig import START, Orders
 from tests.toy import use_case as toy
 
@@ -51,9 +50,8 @@ def one_by_one(use_case: UseCase, events: Source, over: Range) -> dict[str, dict
         value.entities, value.fields = asked.entities, asked.fields
         items.append((request.time, names.index("requests"), 0, i, request.time, value))
     items.sort(key=lambda item: item[:4])
-    records = [Record("", 0, item[3], 0, None, None) for item in items]
-    due = Due(contracts, np.array([item[:5] for item in items]), records, [item[5] for item in items])
-    messages = scorer.process(due, over.until_ms).messages
+    given = due(contracts, [item[:5] for item in items], [item[5] for item in items])
+    messages = scorer.process(given, over.until_ms).messages
     predicted, wait = predictions_contract(use_case), use_case.label.wait.total_seconds() * 1000
     values = [predicted.decode(m.value) for m in messages]
     heard = [Event(predicted, v, v.event_time, v.event_time) for v in values]

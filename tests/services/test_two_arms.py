@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
-from pipelines.broker import Record
 from pipelines.onnx_model import OnnxModel, _session
 from pipelines.prediction import in_share
 from pipelines.scorer import Scorer
-from pipelines.step import Due
 from services.arms import Arms
 from services.serving_state import ModelSlot, Serving
+from tests.due import due
 from tests.models import save_model
 from tests.predict_rig import ROW, Service
 from tests.toy import use_case
@@ -117,8 +115,7 @@ def test_requests_on_the_topic_are_answered_by_the_same_arms(service: Service, t
     asked = [row | {"event_time": HOUR + i} for i, row in enumerate(rows(200))]
     values = [scorer.inputs[topic].decode(msgspec.json.encode(row)) for row in asked]
     places = [(HOUR + i, list(scorer.inputs).index(topic), 0, i, HOUR + i) for i in range(200)]
-    records = [Record(topic, 0, i, HOUR, None, None) for i in range(200)]
-    streamed = scorer.process(Due(contracts, np.array(places), records, values), 2 * HOUR).messages
+    streamed = scorer.process(due(contracts, places, values), 2 * HOUR).messages
     found = {r["request_id"]: r for r in (msgspec.json.decode(m.value or b"") for m in streamed)}
     told = answers(service)
     assert {a["arm"] for a in told} == {"champion", "canary"}
