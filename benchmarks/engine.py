@@ -1,4 +1,4 @@
-"""The window engine alone, on one core: `python -m benchmarks.engine year DAYS | HOURS KEYS` prints JSON.
+"""The window engine alone, on one core: `python -m benchmarks.engine year DAYS | HOURS KEYS [text]` prints JSON.
 
 `year` is the flights, all views. The other form is one view of a synthetic stream: 120 days of events, keys by Zipf's
 law, one window of so many hours with a slide of 15 minutes, so that only what is asked about differs. Seconds are CPU
@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -22,20 +23,33 @@ from feast.aggregation import Aggregation
 
 from benchmarks.rig import DAY_MS, YEAR_MS
 from features.contracts import Contract, Field
-from features.engine import Applied, Engine, Events
+from features.engine import Engine, Events
 from features.usecase import UseCase, load
+from features.values import read_values
 from features.views import entity, stream_view
 from services import timetable
+from services.source import SourceEvent
 
 BATCH, WARM_UP = 5_000, 10  # events a batch, as a poll in a backlog brings them; batches before the measurement
 DAYS, EVENTS, SLIDE = 120, 1_000_000, timedelta(minutes=15)
 
-Cut = tuple[list[Applied], int]
+Cut = tuple[list[SourceEvent], int]
 
 
-def cut(events: Iterable[Applied]) -> Iterator[Cut]:
+class Timing(NamedTuple):
+    """One batch: events, rows written, CPU seconds for reading records into columns, for what the kernel takes of them
+    and for applying that."""
+
+    events: int
+    rows: int
+    reading: float
+    making: float
+    applying: float
+
+
+def cut(events: Iterable[SourceEvent]) -> Iterator[Cut]:
     """Batches, and the watermark that applies all of each; events of one instant stay together."""
-    held: list[Applied] = []
+    held: list[SourceEvent] = []
     for event in events:
         if len(held) >= BATCH and event.time > held[-1].time:
             yield held, event.time
@@ -44,54 +58,62 @@ def cut(events: Iterable[Applied]) -> Iterator[Cut]:
     yield held, held[-1].time + 1
 
 
-def timings(engine: Engine, cuts: Iterable[Cut]) -> Iterator[tuple[int, int, float, float]]:
-    """(events, rows written, CPU seconds for making columns of decoded events, and for applying them) of each batch."""
+def timings(use_case: UseCase, engine: Engine, cuts: Iterable[Cut]) -> Iterator[Timing]:
+    """What each batch takes."""
+    contracts, names = use_case.contracts, tuple(c.name for c in use_case.contracts)
     for events, watermark in cuts:
-        decoded, began = Events.of(events), time.process_time()
-        batch, _ = engine.columns(decoded)
+        kind = np.array([names.index(e.event) for e in events], np.int64)
+        rows, times = np.zeros(len(events), np.int64), np.array([e.time for e in events], np.int64)
+        for i in range(len(names)):
+            rows[kind == i] = np.arange(np.count_nonzero(kind == i))
+        raws = [[e.value for e in events if e.event == name] for name in names]
+        began = time.process_time()
+        values = [read_values(contract, own).values for contract, own in zip(contracts, raws, strict=True)]
+        done = time.process_time()
+        batch, _ = engine.columns(Events(names, kind, rows, values, times, times))
         made = time.process_time()
         changed = engine.apply(batch, watermark)
-        done = time.process_time()
-        yield len(events), sum(len(rows.times) for rows in changed.values()), made - began, done - made
+        applied = time.process_time()
+        written = sum(len(rows.times) for rows in changed.values())
+        yield Timing(len(events), written, done - began, made - done, applied - made)
 
 
-def flights(use_case: UseCase, days: int) -> Iterator[Applied]:
-    """The flights' events, decoded."""
+def flights(days: int) -> Iterator[SourceEvent]:
+    """The flights' events."""
     for day in range(YEAR_MS, YEAR_MS + days * DAY_MS, DAY_MS):
-        for event in timetable.events(day, day + DAY_MS):
-            value = use_case.contract(event.event).decode(event.value)
-            yield Applied(event.event, value, event.time, event.time)
+        yield from timetable.events(day, day + DAY_MS)
 
 
 def year(days: int) -> dict[str, Any]:
     """Throughput of the flights' views."""
     use_case = load("flights")
-    warm(use_case, flights(use_case, 10))
-    found = list(timings(Engine(use_case), cut(flights(use_case, days))))
-    events, rows, making, applying = (sum(column) for column in zip(*found, strict=True))
+    warm(use_case, flights(10))
+    found = together(timings(use_case, Engine(use_case), cut(flights(days))))
     return {
-        "events": events,
-        "engine_events_per_s": round(events / applying),
-        "engine_from_decoded_events_per_s": round(events / (making + applying)),
-        "rows_per_event": round(rows / events, 2),
+        "events": found.events,
+        "engine_events_per_s": round(found.events / found.applying),
+        "engine_from_records_events_per_s": round(found.events / (found.reading + found.making + found.applying)),
+        "rows_per_event": round(found.rows / found.events, 2),
         "batch": BATCH,
     }
 
 
-def warm(use_case: UseCase, events: Iterable[Applied]) -> None:
+def together(found: Iterable[Timing]) -> Timing:
+    """Sums."""
+    return Timing(*(sum(column) for column in zip(*found, strict=True)))
+
+
+def warm(use_case: UseCase, events: Iterable[SourceEvent]) -> None:
     """Compile what compiles at first use."""
-    engine = Engine(use_case)
-    for _, batch in zip(range(WARM_UP), timings(engine, cut(events)), strict=False):
-        del batch
+    for _ in timings(use_case, Engine(use_case), islice(cut(events), WARM_UP)):
+        pass
 
 
-reading = Contract("read", (Field("time", "time"), Field("key", int), Field("value", int)), time="time")
-
-
-def one_view(window: timedelta) -> UseCase:
+def one_view(window: timedelta, key: type) -> UseCase:
     """One window over a synthetic stream, in the flights' place."""
+    reading = Contract("read", (Field("time", "time"), Field("key", key), Field("value", int)), time="time")
     aggregations = [Aggregation("value", f, window, SLIDE, f) for f in ("count", "sum", "mean", "std")]
-    view = stream_view("readings", [entity("key", int)], reading, "bench", aggregations)
+    view = stream_view("readings", [entity("key", key)], reading, "bench", aggregations)
     return replace(load("flights"), name="bench", contracts=(reading,), views=(view,), on_demand=(), timers={})
 
 
@@ -103,20 +125,21 @@ def zipf(keys: int) -> tuple[Any, Any]:
     return times, np.searchsorted(weight, rng.random(EVENTS) * weight[-1])
 
 
-def readings(times: Sequence[int], keys: Sequence[int]) -> Iterator[Applied]:
+def readings(times: Sequence[int], keys: Sequence[int], key: type) -> Iterator[SourceEvent]:
     """The synthetic stream as events."""
-    for i, (at, key) in enumerate(zip(times, keys, strict=True)):
-        yield Applied("read", reading.struct(at, key, i % 1000), at, at)
+    form = '{"time":%d,"key":"key %d","value":%d}' if key is str else '{"time":%d,"key":%d,"value":%d}'
+    for i, (at, number) in enumerate(zip(times, keys, strict=True)):
+        yield SourceEvent("read", at, b"", (form % (at, number, i % 1000)).encode())
 
 
-def scaling(hours: int, keys: int) -> dict[str, Any]:
+def scaling(hours: int, keys: int, key: type) -> dict[str, Any]:
     """Cost per event once the window is full (second half), over the run, and memory at its end."""
     window = timedelta(hours=hours)
-    use_case, (times, drawn) = one_view(window), zipf(keys)
-    warm(use_case, readings(times[: BATCH * WARM_UP].tolist(), drawn[: BATCH * WARM_UP].tolist()))
+    use_case, (times, drawn) = one_view(window, key), zipf(keys)
+    warm(use_case, readings(times[: BATCH * WARM_UP].tolist(), drawn[: BATCH * WARM_UP].tolist(), key))
     before = resident()
     engine = Engine(use_case)
-    found = list(timings(engine, cut(readings(times.tolist(), drawn.tolist()))))
+    found = list(timings(use_case, engine, cut(readings(times.tolist(), drawn.tolist(), key))))
     grown = resident() - before
     inside = times >= times[-1] - window // timedelta(milliseconds=1)
     tile = SLIDE // timedelta(milliseconds=1)
@@ -124,6 +147,7 @@ def scaling(hours: int, keys: int) -> dict[str, Any]:
     tenth = len(found) // 10
     return {
         "us_per_event": us_per_event(found[len(found) // 2 :]),
+        "us_reading": round(sum(t.reading for t in found) / EVENTS * 1e6, 3),
         "us_first_tenth": us_per_event(found[:tenth]),
         "us_last_tenth": us_per_event(found[-tenth:]),
         "state_mb": round(grown / 1e6, 1),
@@ -132,10 +156,10 @@ def scaling(hours: int, keys: int) -> dict[str, Any]:
     }
 
 
-def us_per_event(found: Sequence[tuple[int, int, float, float]]) -> float:
-    """Microseconds per event of timed batches, columns included."""
-    events, _, making, applying = (sum(column) for column in zip(*found, strict=True))
-    return round((making + applying) / events * 1e6, 3)
+def us_per_event(found: Sequence[Timing]) -> float:
+    """Microseconds per event, from the record on."""
+    all_ = together(found)
+    return round((all_.reading + all_.making + all_.applying) / all_.events * 1e6, 3)
 
 
 def resident() -> int:
@@ -145,5 +169,6 @@ def resident() -> int:
 
 
 if __name__ == "__main__":
-    first, second = sys.argv[1:]
-    print(json.dumps(year(int(second)) if first == "year" else scaling(int(first), int(second))))
+    first, second, *kind = sys.argv[1:]
+    found = year(int(second)) if first == "year" else scaling(int(first), int(second), str if kind == ["text"] else int)
+    print(json.dumps(found))

@@ -22,7 +22,13 @@ from services.airflow_env import child_env
 from services.settings import ROOT, Settings
 
 MODULE = [sys.executable, "-m"]
-CASES = {"short": ("1", "1000"), "long": ("1440", "1000"), "many": ("1440", "1000000")}  # hours of the window, keys
+CASES = {  # hours of the window, keys
+    "short": ("1", "1000"),
+    "long": ("1440", "1000"),
+    "many": ("1440", "1000000"),
+    "texts": ("1440", "1000", "text"),
+    "many_texts": ("1440", "1000000", "text"),
+}
 
 
 def bench(days: int) -> dict[str, Any]:
@@ -40,7 +46,7 @@ def bench(days: int) -> dict[str, Any]:
         fold = compare_folds(settings, use_case, fold_python, sent["departed"], YEAR_MS + days * DAY_MS)
     scaling = {}
     for name, case in CASES.items():
-        say(f"scaling: a window of {case[0]} h, {int(case[1]):,} keys")
+        say(f"scaling: a window of {case[0]} h, {int(case[1]):,} {''.join(case[2:])} keys")
         scaling[name] = measured([*MODULE, "benchmarks.engine", *case])
     return {"days": days, **engine, **stores, **fold, **ratios(**scaling), "scaling": scaling}
 
@@ -116,13 +122,16 @@ def alike(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-9)
 
 
-def ratios(short: dict[str, Any], long: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
+def ratios(
+    short: dict[str, Any], long: dict[str, Any], many: dict[str, Any], texts: dict[str, Any], many_texts: dict[str, Any]
+) -> dict[str, Any]:
     """How cost and memory grow. The two memory figures solve state = keys * a + tiles * b for two of the runs."""
     held = np.array([[case["live_keys"], case["tiles"]] for case in (long, many)])
     per_key, per_tile = np.linalg.solve(held, [long["state_mb"] * 1e6, many["state_mb"] * 1e6])
     return {
         "window_cost_ratio": round(long["us_per_event"] / short["us_per_event"], 2),
         "keys_cost_ratio": round(many["us_per_event"] / long["us_per_event"], 2),
+        "text_keys_cost_ratio": round(many_texts["us_per_event"] / texts["us_per_event"], 2),
         "history_cost_ratio": round(short["us_last_tenth"] / short["us_first_tenth"], 2),
         "bytes_per_key": round(per_key),
         "bytes_per_tile": round(per_tile),

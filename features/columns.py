@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from features.contracts import Contract
 from features.errors import ConfigError
 from features.json_events import Bytes
 from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints, enter, look_up
-from features.texts import UNKNOWN, Texts
-from features.values import Span, Values
+from features.texts import NONE, UNKNOWN, Span, Texts, cut, encoded
+from features.values import Values
 from features.windows import RAW, SCALED, as_ordered, is_null
 
 Columns = dict[str, NDArray[Any]]
@@ -23,58 +23,54 @@ LARGEST = 2**40  # of a summed number, scaled: eight million of them in one wind
 SWEEP_AT = 65_536
 
 
-class Coder(dict[Any, int]):
-    """Values as small integers. Codes that nothing refers to any more are given out again."""
+class Coder:
+    """Values as small integers: whole numbers and texts through tables that compiled code reads, what else there is
+    through a dictionary. Codes that nothing refers to any more are given out again.
+    """
 
     def __init__(self) -> None:
-        super().__init__({None: -1})
         self.values_of = np.full(1024, None, object)  # never full: the last one, read by code -1, is None
         self.used = 0
         self.free: list[int] = []
         self.sweep_at = SWEEP_AT
-        self.texts = Texts()
         self._index()
 
-    def __missing__(self, value: Any) -> int:
-        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-            code = int(self.encode_integers(np.array([value], np.int64))[0])
-        else:
-            code = self._new()
-            self.values_of[code] = value
-        self[value] = code
-        return code
-
-    def _new(self) -> int:
-        if self.free:
-            return self.free.pop()
-        self.used += 1
-        if self.used == len(self.values_of):
-            self.values_of = np.concatenate([self.values_of, np.full(self.used, None, object)])
-        return self.used - 1
+    def __len__(self) -> int:
+        return self.used - len(self.free)
 
     def encode(self, values: Sequence[Any]) -> Ints:
-        codes = np.fromiter(map(self.get, values, repeat(UNKNOWN)), np.int64, len(values))
-        if len(unknown := np.flatnonzero(codes == UNKNOWN)):
-            missed = [values[i] for i in unknown.tolist()]
-            self._enter([value for value in dict.fromkeys(missed) if isinstance(value, str)])
-            codes[unknown] = [self[value] for value in missed]
-        return codes
+        """[n] codes; -1 for None."""
+        there = [i for i, value in enumerate(values) if value is not None]
+        if len(there) < len(values):
+            codes = np.full(len(values), NONE)
+            codes[there] = self.encode([values[i] for i in there])
+            return codes
+        kinds = set(map(type, values))
+        if kinds <= {str}:
+            return self.encode_texts(*encoded(values))
+        if kinds <= {int, bool}:
+            return self.encode_integers(np.array(values, np.int64))
+        return np.array([self._encode(value) for value in values], np.int64)
 
-    def _enter(self, texts: Sequence[str]) -> None:
-        given = [self._new() for _ in texts]
-        self.values_of[given] = texts
-        self.update(zip(texts, given, strict=True))
+    def _encode(self, value: Any) -> int:
+        if isinstance(value, str):
+            return int(self.encode([value])[0])
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            return int(self.encode([int(value)])[0])
+        if value not in self.others:
+            self.others[value] = int(self._given([value])[0])
+        return self.others[value]
 
     def encode_integers(self, values: Ints) -> Ints:
-        """The same for integers, in a table of their own: a million entries of a dictionary are slow to visit."""
+        """The same for integers."""
         codes = np.empty(len(values), np.int64)
         look_up(self.integers, values, codes)
         unknown = codes < 0
         if unknown.any():
             new, which = np.unique(values[unknown], return_inverse=True)
-            given = np.array([self._new() for _ in new], np.int64)
-            self.values_of[given] = new
-            if 2 * self.used > len(self.integers):
+            given = self._given(new)
+            self.whole += len(new)
+            if 2 * self.whole > len(self.integers):
                 self._index()
             enter(self.integers, new, given)
             codes[unknown] = given[which]
@@ -84,27 +80,39 @@ class Coder(dict[Any, int]):
         """The same for texts that lie in bytes; NULL for a start is null."""
         codes = self.texts.look_up(data, starts, ends)
         if len(unknown := np.flatnonzero(codes == UNKNOWN)):
-            starts, ends = starts[unknown], ends[unknown]
-            given = [bytes(data[a:b]).decode() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-            codes[unknown] = self.encode(given)
-            self.texts.enter(data, starts, ends, codes[unknown])
+            span = data, starts[unknown], ends[unknown]
+            codes[unknown], new = self.texts.enter(*span, self._next(len(unknown)))
+            self._given(cut(data, span[1][new], span[2][new]))
         return codes
 
-    def code_of(self, value: Any, unknown: int) -> int:
-        """A value's code; `unknown` when it has none, and gets none."""
-        code = self.get(value)
-        if code is None and isinstance(value, int):
-            found = np.empty(1, np.int64)
-            look_up(self.integers, np.array([value], np.int64), found)
-            code = int(found[0]) if found[0] >= 0 else None
-        return unknown if code is None else code
+    def _next(self, count: int) -> Ints:
+        """The codes that will be given out next."""
+        free = self.free[: -count - 1 : -1]
+        return np.array([*free, *range(self.used, self.used + count - len(free))], np.int64)
+
+    def _given(self, values: Any) -> Ints:
+        """Give out codes to values that have none."""
+        codes = self._next(len(values))
+        fresh = max(0, len(values) - len(self.free))
+        del self.free[len(self.free) - (len(values) - fresh) :]
+        self.used += fresh
+        if self.used >= len(self.values_of):
+            self.values_of = np.concatenate([self.values_of, np.full(self.used, None, object)])
+        self.values_of[codes] = values
+        return codes
 
     def _index(self) -> None:
-        """Make the integers' table anew."""
+        """Make the tables anew."""
         values = self.values_of[: self.used]
-        codes = np.flatnonzero(np.fromiter((type(v) is int for v in values), bool, self.used))
-        self.integers = np.full((1 << (4 * self.used + 15).bit_length(), 2), -1, np.int64)
-        enter(self.integers, values[codes].astype(np.int64), codes)
+        kinds = np.fromiter(map(id, map(type, values)), np.int64, self.used)
+        whole, texts = (np.flatnonzero(kinds == id(kind)) for kind in (int, str))
+        self.whole = len(whole)
+        self.integers = np.full((1 << (4 * self.whole + 15).bit_length(), 2), -1, np.int64)
+        enter(self.integers, values[whole].astype(np.int64), whole)
+        self.texts = Texts()
+        self.texts.enter(*encoded(values[texts]), texts)
+        others = np.flatnonzero((kinds != id(int)) & (kinds != id(str)) & (kinds != id(NoneType)))
+        self.others = {values[code]: code for code in others.tolist()}
 
     def decode(self, codes: Ints) -> NDArray[Any]:
         """What the codes stand for; -1 and NULL are None."""
@@ -113,7 +121,7 @@ class Coder(dict[Any, int]):
     @property
     def full(self) -> bool:
         """Whether it has doubled since the last sweep."""
-        return self.used - len(self.free) >= self.sweep_at
+        return len(self) >= self.sweep_at
 
     def sweep(self, used: Iterable[Ints]) -> None:
         """Forget every value whose code is not among `used`."""
@@ -121,14 +129,11 @@ class Coder(dict[Any, int]):
         gone[self.free] = False
         for codes in used:
             gone[codes[codes >= 0]] = False
-        for code in np.flatnonzero(gone).tolist():
-            self.pop(self.values_of[code], None)
-            self.values_of[code] = None
-            self.free.append(code)
         if gone.any():
+            self.free += np.flatnonzero(gone).tolist()
+            self.values_of[: self.used][gone] = None
             self._index()
-            self.texts = Texts()
-        self.sweep_at = max(SWEEP_AT, 2 * (self.used - len(self.free)))
+        self.sweep_at = max(SWEEP_AT, 2 * len(self))
 
     def snapshot(self) -> list[Any]:
         return [self.values_of[: self.used].tolist(), self.free]
@@ -139,7 +144,6 @@ class Coder(dict[Any, int]):
         self.used = len(values)
         self.values_of = np.full(2 * self.used + 1024, None, object)
         self.values_of[: self.used] = values
-        self.update((value, code) for code, value in enumerate(values) if value is not None)
         self._index()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from features.json_events import Bytes
 from features.kernel import NULL, Ints, compiled
 
+Span = tuple[Bytes, Ints, Ints]  # where texts lie: in which bytes, where each starts (NULL: null) and ends
 NONE, UNKNOWN = -1, -2
 HASH, NUMBER, START, END = range(4)  # an entry; a free one has the number -1
 
@@ -61,22 +62,36 @@ def enter(table: Ints, kept: Bytes, used: int, place: int, data: Bytes, start: i
 
 
 @compiled
-def _look_up(table: Ints, kept: Bytes, data: Bytes, starts: Ints, ends: Ints, numbers: Ints) -> None:
+def _look_up(table: Ints, kept: Bytes, data: Bytes, starts: Ints, ends: Ints, numbers: Ints) -> int:
+    """In passes, so that the memory's answers overlap; returns what was touched, so that it is."""
+    touched = 0
+    for i in range(len(starts)):
+        numbers[i] = 0 if starts[i] == NULL else hash_of(data, starts[i], ends[i])
+        touched ^= table[numbers[i] & (len(table) - 1), START]
+    for i in range(len(starts)):
+        touched ^= kept[max(0, table[numbers[i] & (len(table) - 1), START])]
     for i in range(len(starts)):
         if starts[i] == NULL:
             numbers[i] = NONE
         else:
-            mixed = hash_of(data, starts[i], ends[i])
-            number = table[place_of(table, kept, data, starts[i], ends[i], mixed), NUMBER]
+            number = table[place_of(table, kept, data, starts[i], ends[i], numbers[i]), NUMBER]
             numbers[i] = number if number >= 0 else UNKNOWN
+    return touched
 
 
 @compiled
-def _enter_all(table: Ints, kept: Bytes, used: int, data: Bytes, starts: Ints, ends: Ints, numbers: Ints) -> int:
+def _enter_all(
+    table: Ints, kept: Bytes, used: int, data: Bytes, starts: Ints, ends: Ints, given: Ints, numbers: Ints, new: Ints
+) -> tuple[int, int]:
+    count = 0
     for i in range(len(starts)):
         place = place_of(table, kept, data, starts[i], ends[i], hash_of(data, starts[i], ends[i]))
-        used = enter(table, kept, used, place, data, starts[i], ends[i], numbers[i])
-    return used
+        if table[place, NUMBER] < 0:
+            used = enter(table, kept, used, place, data, starts[i], ends[i], given[count])
+            new[count] = i
+            count += 1
+        numbers[i] = table[place, NUMBER]
+    return used, count
 
 
 @compiled
@@ -104,10 +119,18 @@ class Texts:
         _look_up(self.table, self.kept, data, starts, ends, numbers)
         return numbers
 
-    def enter(self, data: Bytes, starts: Ints, ends: Ints, numbers: Ints) -> None:
-        """Enter texts, none of them null, or give those that are there another number."""
+    def enter(self, data: Bytes, starts: Ints, ends: Ints, given: Ints) -> tuple[Ints, Ints]:
+        """Enter those that are not there, none of them null, with the next of the given numbers each.
+
+        Returns
+        -------
+        [n] the numbers of all; which were new
+        """
         self.make_room(len(starts), int((ends - starts).sum()))
-        self.used = _enter_all(self.table, self.kept, self.used, data, starts, ends, numbers)
+        numbers, new = np.empty((2, len(starts)), np.int64)
+        self.used, count = _enter_all(self.table, self.kept, self.used, data, starts, ends, given, numbers, new)
+        self.entered -= len(starts) - count
+        return numbers, new[:count]
 
     def make_room(self, count: int, length: int) -> None:
         """For so many more texts, and their bytes."""
@@ -122,3 +145,26 @@ class Texts:
         kept = self.kept[: self.used].tobytes()
         for _, number, start, end in self.table[self.table[:, NUMBER] >= 0].tolist():
             yield kept[start:end].decode(), number
+
+
+def ends_of(parts: Sequence[bytes | str]) -> Ints:
+    """Where each ends when they lie one after the other."""
+    return np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+
+
+def encoded(values: Iterable[object]) -> Span:
+    """Values as texts, none of them null."""
+    texts = list(map(str, values))
+    blob = "".join(texts)
+    ends = ends_of(texts if blob.isascii() else [text.encode() for text in texts])
+    return np.frombuffer(blob.encode(), np.uint8), np.append(0, ends)[:-1], ends
+
+
+def cut(data: Bytes, starts: Ints, ends: Ints) -> list[str | None]:
+    """The texts of a span."""
+    blob = data.tobytes()
+    places = zip(starts.tolist(), ends.tolist(), strict=True)
+    if blob.isascii():
+        text = blob.decode()
+        return [None if a == NULL else text[a:b] for a, b in places]
+    return [None if a == NULL else blob[a:b].decode() for a, b in places]

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.contracts import Contract, Field, Invalid
-from features.json_events import BOOL, FLOAT, INTEGER, MOST_FIELDS, TEXT, TIME, Bytes, Layout, read_objects
+from features.json_events import BOOL, FLOAT, INTEGER, MOST_FIELDS, TEXT, TIME, Layout, read_objects
 from features.kernel import NULL, Ints
+from features.texts import Span, cut, encoded, ends_of
 
 KINDS = {str: TEXT, int: INTEGER, float: FLOAT, "time": TIME, bool: BOOL}
-Span = tuple[Bytes, Ints, Ints]
 
 
 class Structs:
@@ -94,13 +94,13 @@ class Parsed:
     def _blob(self) -> tuple[bytes, Ints]:
         """All texts one after the other, and where each event's begin."""
         if self._joined is None:
-            self._joined = b"".join(self._texts), np.append(0, _ends(self._texts)[:-1])
+            self._joined = b"".join(self._texts), np.append(0, ends_of(self._texts)[:-1])
         return self._joined
 
     def plain(self, name: str) -> list[Any]:
         """A field's values, None for null."""
         if (span := self.texts(name)) is not None:
-            return _cut(self._blob()[0], span)
+            return cut(*span)
         field, cells = self._field(name)
         if field.type is float:
             return [None if v != v else v for v in cells.view(np.float64).tolist()]
@@ -150,7 +150,7 @@ def read_values(contract: Contract, raws: Sequence[bytes | None]) -> Read:
 def _in_columns(contract: Contract, form: Layout, raws: Sequence[bytes | None]) -> Read:
     """What the compiled reader leaves is decoded one by one, and entered."""
     given = [raw or b"" for raw in raws]
-    blob, ends = b"".join(given), _ends(given)
+    blob, ends = b"".join(given), ends_of(given)
     cells, until = (np.empty((len(contract.fields), len(given)), np.int64) for _ in range(2))
     fine = np.zeros(len(given), bool)
     if _is_utf8(blob):
@@ -210,30 +210,9 @@ def _is_utf8(blob: bytes) -> bool:
     return True
 
 
-def _ends(of: Sequence[bytes]) -> Ints:
-    """Where each ends when they lie one after the other."""
-    return np.cumsum(np.fromiter(map(len, of), np.int64, len(of)))
-
-
 def span_of(values: Values, name: str) -> Span:
     """The texts of a field, or what its values are as text."""
     return values.texts(name) or encoded(values.plain(name))
-
-
-def encoded(values: Sequence[object]) -> Span:
-    """Values as texts, none of them null."""
-    texts = [str(value).encode() for value in values]
-    ends = _ends(texts)
-    return np.frombuffer(b"".join(texts), np.uint8), np.append(0, ends[:-1])[: len(texts)], ends
-
-
-def _cut(blob: bytes, span: Span) -> list[str | None]:
-    """The texts of a span of `blob`."""
-    starts, ends = span[1].tolist(), span[2].tolist()
-    if blob.isascii():
-        text = blob.decode()
-        return [None if a == NULL else text[a:b] for a, b in zip(starts, ends, strict=True)]
-    return [None if a == NULL else blob[a:b].decode() for a, b in zip(starts, ends, strict=True)]
 
 
 def column(values: list[Any], kind: Any, optional: bool) -> NDArray[Any]:

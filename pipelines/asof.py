@@ -20,7 +20,6 @@ from features.vectors import Column, Vectorizer, empty_row, join_keys, view_colu
 from features.windows import ViewRows
 
 Columns = dict[str, NDArray[Any]]
-UNKNOWN = -2  # a key value that no event has brought
 CODE_BITS = 31
 
 
@@ -61,15 +60,12 @@ class AsOf:
         keys = [self.vectorizer.entity_keys(a.entities, a.fields) for a in asked]
         columns = {name: [k.get(name) for k in keys] for name in self.vectorizer.entities}
         columns |= {name: [a.fields.get(name) for a in asked] for name in self.vectorizer.fields}
-        codes = {name: self._codes(values) for name, values in columns.items() if name in self.vectorizer.entities}
+        coder = self.engine.coder
+        codes = {name: coder.encode(values) for name, values in columns.items() if name in self.vectorizer.entities}
         times = np.array([a.time for a in asked], np.int64)
         for view in self.views:
             columns |= view.read(changed.get(view.name), codes, as_of, times)
         return columns | self._demanded(columns, times)
-
-    def _codes(self, values: Sequence[Any]) -> Ints:
-        known = self.engine.coder
-        return np.fromiter((known.code_of(v, UNKNOWN) for v in values), np.int64, len(values))
 
     def _demanded(self, columns: Mapping[str, list[Any]], times: Ints) -> dict[str, list[Any]]:
         """What the on-demand views make of the columns, row by row: they are plain functions."""

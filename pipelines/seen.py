@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from features.json_events import Bytes
 from features.kernel import Ints, compiled
-from features.texts import NUMBER, Texts, enter, hash_of, place_of
-from features.values import Span, encoded
+from features.texts import NUMBER, Span, Texts, encoded, enter, hash_of, place_of
 
 
 @compiled
@@ -102,6 +101,6 @@ class Seen:
 
     def restore(self, met: Iterable[tuple[int, object]]) -> None:
         self.__init__(self.horizon)  # type: ignore[misc]
-        for time, id in met:
-            self.young.enter(*encoded([id]), np.array([time]))
-            self.newest = max(self.newest, time)
+        times, ids = zip(*met, strict=True) if (met := list(met)) else ((), ())
+        self.young.enter(*encoded(ids), np.array(times, np.int64))
+        self.newest = max(times, default=0)

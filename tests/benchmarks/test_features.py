@@ -7,25 +7,27 @@ from datetime import timedelta
 import pytest
 
 from benchmarks import engine, features, fold
-from features.engine import Applied, Engine
+from features.engine import Engine
 from features.errors import UnavailableError
+from services.source import SourceEvent
 
 
 def test_a_batch_never_splits_an_instant_and_its_watermark_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "BATCH", 3)
-    events = [Applied("read", None, at, at) for at in (1, 2, 3, 3, 3, 4, 5, 6)]
+    events = [SourceEvent("read", at, b"", b"") for at in (1, 2, 3, 3, 3, 4, 5, 6)]
     cuts = [([e.time for e in batch], watermark) for batch, watermark in engine.cut(events)]
     assert cuts == [([1, 2, 3, 3, 3], 4), ([4, 5, 6], 7)]
 
 
-def test_the_synthetic_stream_is_drawn_by_zipf_in_time_order_and_fills_the_engine() -> None:
+@pytest.mark.parametrize("key", [int, str])
+def test_the_synthetic_stream_is_drawn_by_zipf_in_time_order_and_fills_the_engine(key: type) -> None:
     times, keys = engine.zipf(1000)
     assert (times[1:] >= times[:-1]).all() and keys.max() < 1000
     assert (keys == 0).sum() / (keys == 9).sum() == pytest.approx(10, rel=0.1)
-    cuts = engine.cut(engine.readings(times[:5000].tolist(), keys[:5000].tolist()))
-    found = list(engine.timings(Engine(engine.one_view(timedelta(hours=1))), cuts))
-    assert sum(events for events, *_ in found) == 5000
-    assert sum(rows for _, rows, *_ in found) > 5000  # events and tails both write rows
+    cuts = engine.cut(engine.readings(times[:5000].tolist(), keys[:5000].tolist(), key))
+    use_case = engine.one_view(timedelta(hours=1), key)
+    found = engine.together(engine.timings(use_case, Engine(use_case), cuts))
+    assert (found.events, found.rows > 5000) == (5000, True)  # events and tails both write rows
 
 
 def test_the_fold_job_has_27_features_of_three_kinds() -> None:
@@ -57,6 +59,9 @@ def test_memory_is_told_by_key_and_by_tile() -> None:
             "state_mb": state / 1e6,
         }
 
-    found = features.ratios(case(2, 10, 10), case(3, 1000, 90_000), case(6, 100_000, 200_000))
+    found = features.ratios(
+        case(2, 10, 10), case(3, 1000, 90_000), case(6, 100_000, 200_000), case(4, 1, 1), case(7, 1, 1)
+    )
     assert (found["window_cost_ratio"], found["keys_cost_ratio"], found["history_cost_ratio"]) == (1.5, 2, 1)
+    assert found["text_keys_cost_ratio"] == 1.75
     assert (found["bytes_per_key"], found["bytes_per_tile"]) == (100, 50)
