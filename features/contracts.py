@@ -62,7 +62,7 @@ class Contract:
     """What one kind of event looks like, when it happened, and how far its producers may be off.
 
     time : the field with the event time
-    id : the field that makes an event unique within `dedupe`; None: events have no identity
+    id : the field that makes an event unique within `dedupe`, never null; None: events have no identity
     by_arrival : it counts from its record's timestamp on, whatever its event time
     partial : records have more fields, which this reader doesn't want
     out_of_orderness : how far behind the newest event of its partition an event may be and still be on time

@@ -13,6 +13,7 @@ from features.columns import Coder, Prepared, Source, Udf, kind_of
 from features.contracts import Contract, Field
 from features.errors import ConfigError, StateError
 from features.kernel import INTEGER, Input, Ints, rehash, rehash_known
+from features.texts import encoded
 from features.timers import DUE, KEY, UNTIL, Derived, Operations, TimerRule, Timers
 from features.usecase import UseCase
 from features.values import Structs, Values, read_values
@@ -360,7 +361,7 @@ def compile_kernels() -> None:
     plan = (Aggregate("n", "n", "count_distinct", 2, 1, 1, INTEGER),)
     windows, coder = ViewWindows(plan, 0, {"n": INTEGER}), Coder()
     coder.encode_integers(none)
-    coder.encode_texts(np.zeros(1, np.uint8), np.zeros(1, np.int64), np.ones(1, np.int64))
+    coder.encode_texts(*encoded(["a"]))
     coder.texts.make_room(len(coder.texts.table), 0)
     read_values(Contract("nothing", (Field("time", "time"),), "time"), [b""])
     windows.advance(Input(rows, none, none, none, np.zeros((1, 0), np.int64)), 0, coder.decode)

@@ -136,7 +136,7 @@ class Texts:
         """For so many more texts, and their bytes."""
         self.entered += count
         if 2 * self.entered > len(self.table):
-            old, self.table = self.table, np.full((1 << (4 * self.entered).bit_length(), 4), -1, np.int64)
+            old, self.table = self.table, np.full((1 << (2 * self.entered).bit_length(), 4), -1, np.int64)
             _rehash(old, self.table)
         if self.used + length > len(self.kept):
             self.kept = np.concatenate([self.kept[: self.used], np.empty(self.used + length, np.uint8)])

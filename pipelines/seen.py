@@ -27,13 +27,18 @@ def _note(
     seen: int,
     slack: int,
     horizon: int,
+    hashes: Ints,
     repeated: NDArray[np.bool_],
 ) -> int:
     """Note each id at the instant at which it is met, unless it was met within the horizon; returns the bytes kept."""
+    touched = 0
+    for i in range(len(starts)):  # at once, so that the memory's answers overlap
+        hashes[i] = hash_of(data, starts[i], ends[i])
+        touched ^= young[hashes[i] & (len(young) - 1), NUMBER] ^ old[hashes[i] & (len(old) - 1), NUMBER]
+    hashes[len(starts)] = touched  # what nobody needs is not touched
     for i in range(len(starts)):
-        mixed = hash_of(data, starts[i], ends[i])
-        place = place_of(young, kept, data, starts[i], ends[i], mixed)
-        before = old[place_of(old, old_kept, data, starts[i], ends[i], mixed), NUMBER]
+        place = place_of(young, kept, data, starts[i], ends[i], hashes[i])
+        before = old[place_of(old, old_kept, data, starts[i], ends[i], hashes[i]), NUMBER]
         mark = max(seen, clocks[i])
         repeated[i] = max(young[place, NUMBER], before) >= max(0, mark - horizon)
         if not repeated[i]:
@@ -84,6 +89,7 @@ class Seen:
             seen,
             slack,
             self.horizon,
+            np.empty(len(starts) + 1, np.int64),
             repeated,
         )
         self.newest = max(self.newest, seen, int(times.max(initial=0)), int(clocks.max(initial=0)))

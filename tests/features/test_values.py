@@ -130,6 +130,7 @@ def test_plain_records_are_read_by_the_compiled_reader() -> None:
         assert found[0] == found[1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.one_of(st.none(), st.text(max_size=6)), max_size=12), max_size=8))
 def test_texts_have_the_codes_of_the_dictionary(batches: list[list[str | None]]) -> None:
     coder = Coder()

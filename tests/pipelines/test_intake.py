@@ -7,7 +7,7 @@ import random
 from datetime import timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.contracts import Contract, Field
@@ -106,6 +106,7 @@ def test_silence_before_the_first_event_means_nothing() -> None:
     assert intake.watermark == 0
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 9))
 def test_interleaving_batches_and_restarts_change_nothing(seed: int, size: int) -> None:
     """With clock records the events handed over are a function of the logs alone."""
