@@ -23,7 +23,7 @@ from feast.aggregation import Aggregation
 
 from benchmarks.rig import DAY_MS, YEAR_MS
 from features.contracts import Contract, Field
-from features.engine import Engine, Events
+from features.engine import Engine, Events, places_among
 from features.usecase import UseCase, load
 from features.values import read_values
 from features.views import entity, stream_view
@@ -63,9 +63,7 @@ def timings(use_case: UseCase, engine: Engine, cuts: Iterable[Cut]) -> Iterator[
     contracts, names = use_case.contracts, tuple(c.name for c in use_case.contracts)
     for events, watermark in cuts:
         kind = np.array([names.index(e.event) for e in events], np.int64)
-        rows, times = np.zeros(len(events), np.int64), np.array([e.time for e in events], np.int64)
-        for i in range(len(names)):
-            rows[kind == i] = np.arange(np.count_nonzero(kind == i))
+        rows, times = places_among(kind), np.array([e.time for e in events], np.int64)
         raws = [[e.value for e in events if e.event == name] for name in names]
         began = time.process_time()
         values = [read_values(contract, own).values for contract, own in zip(contracts, raws, strict=True)]

@@ -46,7 +46,7 @@ def bench(days: int) -> dict[str, Any]:
         fold = compare_folds(settings, use_case, fold_python, sent["departed"], YEAR_MS + days * DAY_MS)
     scaling = {}
     for name, case in CASES.items():
-        say(f"scaling: a window of {case[0]} h, {int(case[1]):,} {''.join(case[2:])} keys")
+        say(f"scaling: a window of {case[0]} h, {' '.join([f'{int(case[1]):,}', *case[2:], 'keys'])}")
         scaling[name] = measured([*MODULE, "benchmarks.engine", *case])
     return {"days": days, **engine, **stores, **fold, **ratios(**scaling), "scaling": scaling}
 

@@ -13,7 +13,7 @@ from features.contracts import Contract
 from features.errors import ConfigError
 from features.json_events import Bytes
 from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints, enter, look_up
-from features.texts import NONE, UNKNOWN, Span, Texts, cut, encoded
+from features.texts import NONE, UNKNOWN, Texts, cut, encoded
 from features.values import Values
 from features.windows import RAW, SCALED, as_ordered, is_null
 
@@ -160,13 +160,13 @@ class Source(Columns):
         self[name] = made = self.carried.column(self.contract.field(name))
         return made
 
-    def texts(self, name: str) -> Span | None:
-        """The bytes in which the texts of a field lie, where they are known."""
-        return self.carried.texts(name) if name in self.contract.names else None
-
     def whole(self, name: str) -> bool:
         """Whether a field is always an integer."""
         return any(f.name == name and f.type in (int, "time") and not f.optional for f in self.contract.fields)
+
+    def is_text(self, name: str) -> bool:
+        """Whether a field is text, whose codes are had without its values."""
+        return any(f.name == name and f.type is str for f in self.contract.fields)
 
 
 class Prepared:
@@ -192,7 +192,7 @@ class Prepared:
             if column.dtype == np.int64:
                 return self.coder.encode_integers(column)
             return self.coder.encode(column.tolist())
-        if (span := self.source.texts(name)) is not None:
+        if (span := self.source.carried.texts(name)) is not None:
             return self.coder.encode_texts(*span)
         return self.coder.encode(self.source.carried.plain(name))
 
@@ -213,8 +213,7 @@ class Prepared:
         return made
 
     def _is_text(self, name: str) -> bool:
-        """Whether its codes are had without its values."""
-        return name not in self.derived and self.source.texts(name) is not None
+        return name not in self.derived and self.source.is_text(name)
 
     def _raw(self, name: str) -> Ints:
         if self._is_text(name):

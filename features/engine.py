@@ -53,10 +53,7 @@ class Events:
         kind = np.array([names.index(e.contract) for e in events], np.int64)
         times, applied = (np.array([e[i] for e in events], np.int64) for i in (2, 3))
         values = [Structs([e.value for e in events if e.contract == name]) for name in names]
-        rows = np.zeros(len(events), np.int64)
-        for i in range(len(names)):
-            rows[kind == i] = np.arange(len(values[i]))
-        return cls(names, kind, rows, values, times, applied)
+        return cls(names, kind, places_among(kind), values, times, applied)
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -71,6 +68,14 @@ class Events:
     def values_at(self, name: str, at: Ints) -> Values:
         """Values of a contract's events at these positions."""
         return self.values[self.names.index(name)].take(self.rows[at])
+
+
+def places_among(kind: Ints) -> Ints:
+    """The place of each among those of its kind."""
+    places = np.zeros(len(kind), np.int64)
+    for one in np.unique(kind):
+        places[kind == one] = np.arange(np.count_nonzero(kind == one))
+    return places
 
 
 class Refusal(NamedTuple):

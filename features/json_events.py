@@ -13,19 +13,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from features.kernel import NULL, Ints, compiled, inlined
+from features.contracts import MAX_TIME
+from features.kernel import FLOAT, NULL, TEXT, Ints, compiled, inlined
 
 Bytes = NDArray[np.uint8]
-TEXT, INTEGER, FLOAT, TIME, BOOL = range(5)
+TIME, BOOL = 3, 4  # kinds beside the kernel's INTEGER, FLOAT and TEXT
 MOST_FIELDS = 62  # bits of an integer that notes which were met
-MAX_TIME = 253_402_300_800_000  # epoch ms of the year 10000
 QUOTE, ESCAPE, COMMA, COLON, OPEN, CLOSE, MINUS, PLUS, POINT = b'"\\,:{}-+.'
 ZERO, NINE, LETTER_T, LETTER_Z, E_LARGE, E_SMALL = b"09TZEe"
 POWERS = 10.0 ** np.arange(23)  # all exact
 
 
 class Layout(NamedTuple):
-    """A contract's fields: their names one after the other, where each ends, TEXT to BOOL, and the bits of those that
+    """A contract's fields: their names one after the other, where each ends, their kinds, and the bits of those that
     must be there."""
 
     names: Bytes
@@ -45,6 +45,24 @@ class Layout(NamedTuple):
             np.array(optional, bool),
             required,
         )
+
+
+class Cells(NamedTuple):
+    """What objects hold, by field.
+
+    integers, until : [fields, n] integers, times in epoch ms, booleans, or where texts begin and end in their object;
+        NULL for null
+    floats : the memory of `integers`; NaN for null
+    """
+
+    integers: Ints
+    until: Ints
+    floats: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, fields: int, n: int) -> Cells:
+        integers, until = np.empty((2, fields, n), np.int64)
+        return cls(integers, until, integers.view(np.float64))
 
 
 @inlined
@@ -190,16 +208,58 @@ def _is_word(data: Bytes, at: int, end: int, word: bytes) -> bool:
     return same
 
 
+@inlined
+def _leave_out(layout: Layout, cells: Cells, field: int, i: int) -> None:
+    """A field that is null."""
+    if layout.kinds[field] == FLOAT:
+        cells.floats[field, i] = np.nan
+    else:
+        cells.integers[field, i] = NULL
+
+
+@inlined
+def _value(data: Bytes, begin: int, at: int, end: int, layout: Layout, field: int, cells: Cells, i: int) -> int:
+    """The value at `at` into a field's column; returns where it ends, -1 when it is left to another reader."""
+    kind = layout.kinds[field]
+    if data[at] == QUOTE:
+        stop = _text_end(data, at + 1, end)
+        if stop >= end or (kind != TEXT and kind != TIME):
+            return -1
+        if kind == TEXT:
+            cells.integers[field, i], cells.until[field, i] = at + 1 - begin, stop - begin
+        else:
+            cells.integers[field, i] = _time(data, at + 1, stop)
+        return stop + 1 if cells.integers[field, i] >= 0 else -1
+    if _is_word(data, at, end, b"null"):
+        _leave_out(layout, cells, field, i)
+        return at + 4 if layout.optional[field] else -1
+    if kind == BOOL:
+        cells.integers[field, i] = is_true = _is_word(data, at, end, b"true")
+        return at + 4 if is_true else at + 5 if _is_word(data, at, end, b"false") else -1
+    if kind == TEXT:
+        return -1
+    number, digits, power, at = _number(data, at, end)
+    if kind == FLOAT:
+        power = 0 if power == NULL else power
+        if not 1 <= digits <= 15 or abs(power) > 22:
+            return -1
+        cells.floats[field, i] = number * POWERS[power] if power >= 0 else number / POWERS[-power]
+        return at
+    if not 1 <= digits <= 18 or power != NULL or (kind == TIME and not 0 <= number < MAX_TIME):
+        return -1
+    cells.integers[field, i] = number
+    return at
+
+
 @compiled
-def _read(
-    data: Bytes, begin: int, end: int, layout: Layout, cells: Ints, until: Ints, floats: NDArray[np.float64], i: int
-) -> bool:
+def _read(data: Bytes, begin: int, end: int, layout: Layout, cells: Cells, i: int) -> bool:
     """One object into column i; False when it is left to another reader."""
     at = _blank(data, begin, end)
     if at >= end or data[at] != OPEN:
         return False
-    at, met, field = _blank(data, at + 1, end), 0, -1
+    met, field = 0, -1
     while True:
+        at = _blank(data, at + 1, end)
         if at >= end or data[at] != QUOTE:
             return False
         field, stop = _next_field(data, at + 1, end, layout, field + 1)
@@ -210,90 +270,30 @@ def _read(
         if at >= end or data[at] != COLON:
             return False
         at = _blank(data, at + 1, end)
-        if at >= end:
+        at = _value(data, begin, at, end, layout, field, cells, i) if at < end else -1
+        if at < 0:
             return False
-        kind = layout.kinds[field]
-        if data[at] == QUOTE:
-            stop = _text_end(data, at + 1, end)
-            if stop >= end:
-                return False
-            if kind == TEXT:
-                cells[field, i], until[field, i] = at + 1 - begin, stop - begin
-            elif kind == TIME:
-                cells[field, i] = _time(data, at + 1, stop)
-                if cells[field, i] < 0:
-                    return False
-            else:
-                return False
-            at = stop + 1
-        elif _is_word(data, at, end, b"null"):
-            if not layout.optional[field]:
-                return False
-            _leave_out(layout, cells, floats, field, i)
-            at += 4
-        elif kind == BOOL:
-            if _is_word(data, at, end, b"true"):
-                cells[field, i], at = 1, at + 4
-            elif _is_word(data, at, end, b"false"):
-                cells[field, i], at = 0, at + 5
-            else:
-                return False
-        elif kind == TEXT:
-            return False
-        else:
-            number, digits, power, at = _number(data, at, end)
-            if kind == FLOAT:
-                power = 0 if power == NULL else power
-                if not 1 <= digits <= 15 or abs(power) > 22:
-                    return False
-                floats[field, i] = number * POWERS[power] if power >= 0 else number / POWERS[-power]
-            else:
-                if not 1 <= digits <= 18 or power != NULL or (kind == TIME and not 0 <= number < MAX_TIME):
-                    return False
-                cells[field, i] = number
         at = _blank(data, at, end)
-        if at >= end:
+        if at >= end or (data[at] != COMMA and data[at] != CLOSE):
             return False
         if data[at] == CLOSE:
             break
-        if data[at] != COMMA:
-            return False
-        at = _blank(data, at + 1, end)
     if met & layout.required != layout.required:
         return False
     for field in range(len(layout.kinds)):
         if not met >> field & 1:
-            _leave_out(layout, cells, floats, field, i)
+            _leave_out(layout, cells, field, i)
     return _blank(data, at + 1, end) == end
 
 
-@inlined
-def _leave_out(layout: Layout, cells: Ints, floats: NDArray[np.float64], field: int, i: int) -> None:
-    """A field that is null."""
-    if layout.kinds[field] == FLOAT:
-        floats[field, i] = np.nan
-    else:
-        cells[field, i] = NULL
-
-
 @compiled
-def read_objects(
-    data: Bytes,
-    ends: Ints,
-    layout: Layout,
-    cells: Ints,
-    until: Ints,
-    floats: NDArray[np.float64],
-    fine: NDArray[np.bool_],
-) -> None:
+def read_objects(data: Bytes, ends: Ints, layout: Layout, cells: Cells, fine: NDArray[np.bool_]) -> None:
     """Read objects that lie one after the other in UTF-8.
 
     ends : [n] where each ends in `data`
-    cells, until : [fields, n] integers, times in epoch ms, booleans, where texts begin and end in their object; NULL
-    floats : the memory of `cells`; NaN for null
-    fine : [n] which were read; the others' columns hold anything
+    fine : [n] which were read; the others' cells hold anything
     """
     begin = 0
     for i in range(len(ends)):
-        fine[i] = _read(data, begin, ends[i], layout, cells, until, floats, i)
+        fine[i] = _read(data, begin, ends[i], layout, cells, i)
         begin = ends[i]

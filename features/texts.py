@@ -50,7 +50,7 @@ def place_of(table: Ints, kept: Bytes, data: Bytes, start: int, end: int, mixed:
 
 
 @compiled
-def enter(table: Ints, kept: Bytes, used: int, place: int, data: Bytes, start: int, end: int, number: int) -> int:
+def put(table: Ints, kept: Bytes, used: int, place: int, data: Bytes, start: int, end: int, number: int) -> int:
     """Put a text and its number at its place; returns how many bytes are kept then."""
     if table[place, NUMBER] < 0:
         table[place, START], table[place, END] = used, used + end - start
@@ -87,7 +87,7 @@ def _enter_all(
     for i in range(len(starts)):
         place = place_of(table, kept, data, starts[i], ends[i], hash_of(data, starts[i], ends[i]))
         if table[place, NUMBER] < 0:
-            used = enter(table, kept, used, place, data, starts[i], ends[i], given[count])
+            used = put(table, kept, used, place, data, starts[i], ends[i], given[count])
             new[count] = i
             count += 1
         numbers[i] = table[place, NUMBER]

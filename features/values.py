@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.contracts import Contract, Field, Invalid
-from features.json_events import BOOL, FLOAT, INTEGER, MOST_FIELDS, TEXT, TIME, Layout, read_objects
-from features.kernel import NULL, Ints
+from features.json_events import BOOL, MOST_FIELDS, TIME, Cells, Layout, read_objects
+from features.kernel import FLOAT, INTEGER, NULL, TEXT, Ints
 from features.texts import Span, cut, encoded, ends_of
 
 KINDS = {str: TEXT, int: INTEGER, float: FLOAT, "time": TIME, bool: BOOL}
@@ -57,7 +57,7 @@ class Parsed:
 
     raws : [n] the records
     texts : [n] the bytes in which a value's texts lie: its record, or what its record's texts stand for
-    cells, until : [fields, n] as `read_objects` leaves them
+    cells, until : [fields, n] as `json_events.Cells` has them
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Parsed:
 
     def take(self, rows: Ints) -> Parsed:
         """Those of these rows."""
-        if (part := run(rows)) is not None:
+        if (part := _as_slice(rows)) is not None:
             of_part = self.raws[part], self._texts[part], self._cells[:, part], self._until[:, part]
             return self if len(rows) == len(self) else Parsed(self.contract, *of_part)
         chosen = rows.tolist()
@@ -151,10 +151,10 @@ def _in_columns(contract: Contract, form: Layout, raws: Sequence[bytes | None]) 
     """What the compiled reader leaves is decoded one by one, and entered."""
     given = [raw or b"" for raw in raws]
     blob, ends = b"".join(given), ends_of(given)
-    cells, until = (np.empty((len(contract.fields), len(given)), np.int64) for _ in range(2))
+    cells = Cells.empty(len(contract.fields), len(given))
     fine = np.zeros(len(given), bool)
     if _is_utf8(blob):
-        read_objects(np.frombuffer(blob, np.uint8), ends, form, cells, until, cells.view(np.float64), fine)
+        read_objects(np.frombuffer(blob, np.uint8), ends, form, cells, fine)
         fine &= np.diff(ends, prepend=0) <= contract.max_bytes
     texts, bad, unknown = list(given), dict[int, Invalid](), 0
     left = np.flatnonzero(~fine).tolist()
@@ -162,9 +162,9 @@ def _in_columns(contract: Contract, form: Layout, raws: Sequence[bytes | None]) 
         if isinstance(value, Invalid):
             bad[i] = value
         else:
-            texts[i] = _enter(contract, value, cells[:, i], until[:, i])
+            texts[i] = _enter(contract, value, cells.integers[:, i], cells.until[:, i])
             unknown += contract.unknown([given[i]])
-    return Read(Parsed(contract, given, texts, cells, until), bad, unknown)
+    return Read(Parsed(contract, given, texts, cells.integers, cells.until), bad, unknown)
 
 
 @lru_cache
@@ -194,7 +194,7 @@ def _enter(contract: Contract, value: Any, cells: Ints, until: Ints) -> bytes:
     return texts
 
 
-def run(rows: Ints) -> slice | None:
+def _as_slice(rows: Ints) -> slice | None:
     """Rows that follow one another, as a slice."""
     return slice(rows[0], rows[-1] + 1) if len(rows) and (np.diff(rows) == 1).all() else None
 

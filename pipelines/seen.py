@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from features.json_events import Bytes
 from features.kernel import Ints, compiled
-from features.texts import NUMBER, Span, Texts, encoded, enter, hash_of, place_of
+from features.texts import NUMBER, Span, Texts, encoded, hash_of, place_of, put
 
 
 @compiled
@@ -42,7 +42,7 @@ def _note(
         mark = max(seen, clocks[i])
         repeated[i] = max(young[place, NUMBER], before) >= max(0, mark - horizon)
         if not repeated[i]:
-            used = enter(young, kept, used, place, data, starts[i], ends[i], max(times[i], mark))
+            used = put(young, kept, used, place, data, starts[i], ends[i], max(times[i], mark))
             seen = max(seen, times[i] - slack)
     return used
 
@@ -54,7 +54,7 @@ def compile_kernels() -> None:
 
 
 class Seen:
-    """Ids of one contract, and the instant at which each was last met as the first; those within the horizon count.
+    """Ids of one contract, and the instant at which each was met and counted; those within the horizon count.
 
     They are kept in two generations, of which the older goes as a whole, so that forgetting costs nothing: each for at
     most two horizons.
@@ -93,6 +93,7 @@ class Seen:
             repeated,
         )
         self.newest = max(self.newest, seen, int(times.max(initial=0)), int(clocks.max(initial=0)))
+        young.entered -= int(repeated.sum())
         return np.flatnonzero(repeated)
 
     def forget(self, before: int) -> None:

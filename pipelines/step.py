@@ -105,7 +105,7 @@ class Due(Sequence[Event]):
             shift = np.array([len(table.records) for table in tables])
             places[begin:end, ROW] += shift[places[begin:end, TOPIC]]
             tables = [mine.joined(other) for mine, other in zip(tables, part._tables, strict=True)]
-        return Due(self._contracts, tables, places[np.lexsort(places[:, TIME - 1 :: -1].T)])
+        return Due(self._contracts, tables, places[np.lexsort(places[:, OFFSET::-1].T)])
 
     def _compact(self) -> Due:
         """Without the rows of tables that are not among them."""

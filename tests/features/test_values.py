@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from features.columns import Coder
 from features.contracts import Contract, Field, Invalid
-from features.json_events import Layout, read_objects
+from features.json_events import Cells, Layout, read_objects
 from features.kernel import NULL
 from features.texts import Texts
 from features.values import Parsed, Structs, layout, read_values
@@ -122,11 +122,11 @@ def test_plain_records_are_read_by_the_compiled_reader() -> None:
         assert isinstance(form, Layout)
         data, found = np.frombuffer(b"".join(raws), np.uint8), []
         for read in (read_objects, read_objects.py_func):  # type: ignore[attr-defined]
-            cells, until = (np.full((len(contract.fields), 3), NULL) for _ in range(2))
-            fine = np.zeros(3, bool)
-            read(data, ends, form, cells, until, cells.view(np.float64), fine)
+            cells, fine = Cells.empty(len(contract.fields), 3), np.zeros(3, bool)
+            cells.integers[:], cells.until[:] = NULL, NULL
+            read(data, ends, form, cells, fine)
             assert fine.all()
-            found.append((cells.tolist(), until.tolist()))
+            found.append((cells.integers.tolist(), cells.until.tolist()))
         assert found[0] == found[1]
 
 
